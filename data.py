@@ -1,0 +1,520 @@
+"""
+Source data and downstream tasks (Sections 4.1 and 5.1, Appendix C): official files in, JSON lines out.
+
+    python data.py convert sst5 --input trees/ --out tasks/sst5                  # also sst2
+    python data.py convert sentihood --input sentihood/ --out tasks/sentihood
+    python data.py convert semeval_restaurant --input semeval/ --out tasks/semeval_restaurant   # also semeval_laptop
+    python data.py demo                                                          # the offline demo, in demo/
+
+A task is a folder: task.json (the template and the words), train.jsonl, test.jsonl and, where the dataset has one,
+validation.jsonl. A line is an example, {"text": "...", "label": 0}, the label an index into the words.
+"""
+
+import argparse
+import collections
+import gzip
+import json
+import lzma
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from metapt import InputError, Task, write_beside, write_json
+
+MODEL = "google-t5/t5-base"  # Section 5.1
+TEMPLATE = "{text} It was {mask}"  # the paper's, Section 3
+WORDS = {5: ["terrible", "bad", "okay", "good", "great"], 3: ["bad", "okay", "good"], 2: ["bad", "good"]}
+
+# ------------------------------------------------------------------------------------------- examples as JSON lines
+
+
+def open_text(path):
+    """A text file for reading; .gz and .xz are unpacked as they are read."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
+    return opener(path, "rt", encoding="utf-8")
+
+
+def read_examples(path, task, labelled=True):
+    """Yields the examples of a .jsonl file (or .jsonl.gz, .jsonl.xz), or of a .txt file with a text on each line.
+    Every field of the task's template must be there and, where `labelled`, a label that is an index into its words.
+    Raises InputError with the file and the line."""
+    plain = Path(path).suffix == ".txt"
+    try:
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                example = {"text": line.strip()} if plain else json.loads(line)
+                if problem := example_problem(example, task, labelled):
+                    raise InputError(f"{path}:{number}: {problem}")
+                yield example
+    except json.JSONDecodeError as error:
+        raise InputError(f'{path}:{number}: not a JSON object, as {{"text": "...", "label": 0}}: {error}')
+    except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}")
+
+
+def example_problem(example, task, labelled):
+    """What keeps a value from being an example of `task`, or None."""
+    if not isinstance(example, dict):
+        return 'not a JSON object, as {"text": "...", "label": 0}'
+    for field in task.fields:
+        if not isinstance(example.get(field), str) or not example[field].strip():
+            return f"the template of task {task.name} needs {field!r} to be a text here"
+    label = example.get("label")
+    if labelled and (type(label) is not int or not 0 <= label < len(task.words)):
+        return f"label {label!r} is not one of 0 to {len(task.words) - 1}, the indices of {task.words}"
+
+
+def write_examples(path, examples):
+    """Writes JSON lines, beside `path` first and then renamed."""
+    def write(beside):
+        with open(beside, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+    write_beside(path, write)
+
+
+def write_task(folder, task, splits):
+    """Writes task.json and a .jsonl file for each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, examples in splits.items():
+        write_examples(folder / f"{split}.jsonl", examples)
+    task.save(folder)
+
+
+def few_shot(examples, shots, seed, validation_shots=None, balanced=False):
+    """Section 5.1's split: `shots` examples to train on and validation_shots others (default: as many) to validate
+    on, drawn at random with `seed`; `balanced` draws equally from every class. Raises InputError."""
+    validation_shots = shots if validation_shots is None else validation_shots
+    if shots + validation_shots > len(examples):
+        raise InputError(f"{shots} + {validation_shots} examples cannot be drawn from the {len(examples)} of "
+                         "train.jsonl; lower --shots")
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    if balanced:  # every class's first example, then every class's second, ...
+        seen = collections.Counter()
+        rank = {}
+        for index in order:
+            rank[index] = seen[examples[index]["label"]]
+            seen[examples[index]["label"]] += 1
+        order.sort(key=rank.get)
+    drawn = [examples[index] for index in order[:shots + validation_shots]]
+    return drawn[:shots], drawn[shots:]
+
+
+# ------------------------------------------------------- readers: official files in, (text, label or why dropped) out
+
+
+def read_sst(path, classes):
+    """Stanford Sentiment Treebank, one bracketed tree a line; the root's digit is the grade. With 2 classes the
+    neutral sentences are dropped."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            tokens = re.findall(r"\([0-4] ([^()]+)\)", line)
+            if not re.match(r"\s*\([0-4] ", line) or not tokens or line.count("(") != line.count(")"):
+                raise InputError(f"{path}:{number}: not a tree, as (3 (2 It) (4 works)); give the folder of the "
+                                 "official trees")
+            text = " ".join(tokens).replace("\xa0", " ").replace("-LRB-", "(").replace("-RRB-", ")")
+            grade = int(line.lstrip()[1])
+            label = grade if classes == 5 else {0: 0, 1: 0, 3: 1, 4: 1}.get(grade, "neutral")
+            yield re.sub(r"\\([/*])", r"\1", text), label
+
+
+def read_sentihood(path):
+    """SentiHood: a JSON array of sentences with opinions on aspects. A sentence is kept where they all agree."""
+    try:
+        sentences = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        for item in sentences:
+            yield item["text"].strip(), agreed([opinion["sentiment"] for opinion in item["opinions"]],
+                                               {"Negative": 0, "Positive": 1})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not the array of SentiHood, [{{text, opinions: [{{sentiment}}]}}]: {error!r}")
+
+
+def read_semeval(path):
+    """SemEval-2016 task 5, subtask 1: XML with opinions in each sentence. A sentence is kept where they all agree."""
+    try:
+        root = ElementTree.fromstring(Path(path).read_bytes())  # bytes, so that the XML names its own encoding
+    except ElementTree.ParseError as error:
+        raise InputError(f"{path}: not the XML of SemEval-2016 task 5: {error}")
+    for sentence in root.iter("sentence"):
+        text = (sentence.findtext("text") or "").strip()
+        polarities = [opinion.get("polarity") for opinion in sentence.iter("Opinion")]
+        if sentence.get("OutOfScope", "").lower() == "true":
+            yield text, "out of scope"
+        else:
+            yield text, agreed(polarities, {"negative": 0, "neutral": 1, "positive": 2})
+
+
+def agreed(opinions, labels):
+    """The label of a sentence whose opinions are all the same; otherwise why it is dropped."""
+    if not opinions:
+        return "no opinion"
+    if unknown := [opinion for opinion in opinions if opinion not in labels]:
+        return f"unknown opinion {unknown[0]!r}"
+    return labels[opinions[0]] if len(set(opinions)) == 1 else "mixed opinions"
+
+
+# Appendix C: task -> classes, reader, and how the official file of each split is called
+DATASETS = {
+    "sst5": (5, lambda path: read_sst(path, 5), {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}),
+    "sst2": (2, lambda path: read_sst(path, 2), {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}),
+    "sentihood": (2, read_sentihood, {"train": "*train*.json", "validation": "*dev*.json", "test": "*test*.json"}),
+    "semeval_restaurant": (3, read_semeval, {"train": "*Rest*Train*.xml", "test": "*REST*TEST*.gold"}),
+    "semeval_laptop": (3, read_semeval, {"train": "*Lap*Train*.xml", "test": "*LAPT*TEST*.gold"}),
+}
+
+
+def convert(name, source, out, test_share):
+    """Writes the task folder `out` from a dataset's official file or the folder of them, and prints what of each
+    split was kept and what was dropped, and why."""
+    classes, reader, patterns = DATASETS[name]
+    source, out = Path(source), Path(out)
+    if source.is_file():
+        split = next((split for split in ("test", "dev", "train") if split in source.name.lower()), "train")
+        files = {{"dev": "validation"}.get(split, split): source}
+    else:
+        files = {split: next(iter(sorted(source.glob(pattern))), None) for split, pattern in patterns.items()}
+        files = {split: path for split, path in files.items() if path}
+    if not files:
+        raise InputError(f"{source}: no file of {name} here; looked for {', '.join(patterns.values())}")
+    splits = {}
+    for split, path in files.items():
+        examples, dropped = [], collections.Counter()
+        for text, label in reader(path):
+            if isinstance(label, str) or not text:
+                dropped[label if isinstance(label, str) else "empty text"] += 1
+            else:
+                examples.append({"text": text, "label": label})
+        splits[split] = examples
+        print(f"{path}: kept {len(examples):,} for {split}: {class_counts(examples, WORDS[classes])}; dropped "
+              + (", ".join(f"{count:,} ({why})" for why, count in dropped.items()) or "none"))
+    if test_share and "test" not in splits:
+        splits["test"], splits["train"] = divide(splits["train"], test_share)
+        print(f"no test file: {len(splits['test']):,} of the training examples were drawn to be the test split")
+    write_task(out, Task(name, TEMPLATE, WORDS[classes]), splits)
+    print(f"wrote {out}: task.json and {', '.join(f'{split}.jsonl' for split in splits)}")
+
+
+def class_counts(examples, words):
+    counts = collections.Counter(example["label"] for example in examples)
+    return ", ".join(f"{counts[label]:,} {word}" for label, word in enumerate(words))
+
+
+def divide(examples, share):
+    """A random `share` of the examples, always the same, and the others."""
+    order = np.random.default_rng(0).permutation(len(examples))
+    cut = round(share * len(examples))
+    return [examples[i] for i in order[:cut]], [examples[i] for i in order[cut:]]
+
+# -------------------------------------------------------------------- the offline demo: reviews written by a grammar
+
+# Words for each grade, from terrible to great. SHARED ones are used of everything.
+SHARED = ["awful horrible dreadful pathetic", "poor weak disappointing mediocre", "fine average ordinary acceptable",
+          "nice pleasant solid enjoyable", "excellent wonderful superb fantastic"]
+DOMAINS = {  # domain: its aspects, and its own words for each grade
+    "films": ("plot acting ending script music camera",
+              ["unwatchable incoherent", "dull clumsy", "predictable watchable", "funny moving", "gripping masterful"]),
+    "restaurants": ("soup waiter dessert menu pasta kitchen",
+                    ["inedible rancid", "bland greasy", "edible filling", "tasty fresh", "delicious exquisite"]),
+    "laptops": ("keyboard battery screen fan processor trackpad",
+                ["unusable defective", "sluggish noisy", "standard usable", "quick sturdy", "blazing flawless"]),
+    "hotels": ("room bed pool lobby shower breakfast",
+               ["filthy infested", "cramped shabby", "basic functional", "comfortable clean", "luxurious immaculate"]),
+    "books": ("prose chapter hero dialogue cover style",
+              ["unreadable illiterate", "tedious shallow", "readable conventional", "clever warm", "brilliant timeless"]),
+    "games": ("level combat puzzle graphics story controls",
+              ["unplayable broken", "repetitive buggy", "playable simple", "fun challenging", "addictive stunning"]),
+}
+SOURCE_DOMAINS, TASK_DOMAINS = ["films", "restaurants", "laptops", "hotels"], ["books", "games"]
+FRAMES = ["the {aspect} was {word}", "i found the {aspect} {word}", "we thought the {aspect} was really {word}",
+          "{word} {aspect}", "the {aspect} seemed {word} to me", "my friend called the {aspect} {word}"]
+OPENINGS = ["", "", "we went there last week .", "i got this for my birthday .", "everyone talks about it .",
+            "this is my honest review ."]
+
+
+def write_review(domain, grade, rng):
+    """A review of one to three remarks, whose words mostly agree with its grade."""
+    aspects, own = DOMAINS[domain]
+    remarks = []
+    for aspect in rng.sample(aspects.split(), rng.choice([1, 2, 2, 3])):
+        said = min(4, max(0, grade + rng.choice([-1, 1]))) if rng.random() < 0.15 else grade
+        words = own[said] if rng.random() < 0.5 else SHARED[said]
+        remarks.append(rng.choice(FRAMES).format(aspect=aspect, word=rng.choice(words.split())))
+    return f"{rng.choice(OPENINGS)} {' and '.join(remarks)} .".strip()
+
+
+def write_reviews(domain, count, rng):
+    return [{"text": write_review(domain, grade := i % 5, rng), "label": grade, "domain": domain}
+            for i in range(count)]
+
+
+def demo_tokenizer(texts):
+    """A tokenizer with a piece for every word of the texts, </s> at the end and T5's sentinels."""
+    sentinels = [f"<extra_id_{i}>" for i in range(20)]
+    words = sorted({word for text in texts for word in text.lower().split()})
+    vocabulary = {piece: i for i, piece in enumerate(["<pad>", "</s>", "<unk>", *words, *sentinels])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                   unk_token="<unk>", extra_special_tokens=sentinels)
+
+
+def corrupt(ids, sentinels, rng, closing):
+    """T5's span corruption of one text: (input ids, target ids). Spans of about 15 % of the text are replaced by
+    sentinels; a text whose `closing` is set loses only its last word, the one that sums the review up."""
+    if closing:
+        return ids[:-1] + [sentinels[0], 1], [sentinels[0], ids[-1], sentinels[1], 1]
+    source, target, i, used = [], [], 0, 0
+    while i < len(ids):
+        if rng.random() < 0.1 and used < len(sentinels) - 1:
+            length = rng.choice([1, 1, 2, 3])
+            source.append(sentinels[used])
+            target += [sentinels[used], *ids[i:i + length]]
+            used, i = used + 1, i + length
+        else:
+            source.append(ids[i])
+            i += 1
+    return source + [1], target + [sentinels[used], 1]
+
+
+def pretrain_demo_t5(texts, tokenizer, steps, rng, batch_size=64):
+    """A tiny T5 trained from nothing by span corruption on texts of which many end in "it was good"."""
+    torch.manual_seed(0)
+    t5 = T5ForConditionalGeneration(T5Config(
+        vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2, num_decoder_layers=1,
+        dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(20)])
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    closed = [bool(re.search(r"it was \w+$", text)) for text in texts]
+    optimizer = torch.optim.AdamW(t5.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+
+    def padded(rows, value):
+        rows = [torch.tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    for _ in tqdm(range(steps), "pre-training the demo's T5", disable=None):
+        chosen = rng.sample(range(len(texts)), batch_size)
+        pairs = [corrupt(encoded[i], sentinels, rng, closed[i] and rng.random() < 0.5) for i in chosen]
+        sources = padded([source for source, _ in pairs], 0)
+        loss = t5(input_ids=sources, attention_mask=(sources != 0).long(),
+                  labels=padded([target for _, target in pairs], -100), use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    print(f"pre-trained a T5 of {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} million parameters; "
+          f"last loss {loss.item():.2f}")
+    return t5.eval()
+
+
+def write_demo(out, steps):
+    """The demo in the folder `out`: reviews, a tokenizer, a tiny T5, source data in clusters, two tasks of domains
+    that the source data has not, and for every script the arguments that suit this size."""
+    rng = random.Random(0)
+    corpus = [review for domain in DOMAINS for review in write_reviews(domain, 1000, rng)]
+    texts = [review["text"] + f" it was {WORDS[5][review['label']]}" * (rng.random() < 0.5) for review in corpus]
+    tokenizer = demo_tokenizer(texts)
+    t5 = pretrain_demo_t5(texts, tokenizer, steps, rng)
+    t5.save_pretrained(out / "t5")
+    tokenizer.save_pretrained(out / "t5")
+
+    source = [review for domain in SOURCE_DOMAINS for review in write_reviews(domain, 1000, rng)]
+    write_task(out / "source", Task("source", TEMPLATE, WORDS[5]), {"examples": source})
+    for domain in TASK_DOMAINS:
+        splits = {"train": write_reviews(domain, 1000, rng), "test": write_reviews(domain, 1000, rng)}
+        write_task(out / domain, Task(domain, TEMPLATE, WORDS[5]), splits)
+    for name, arguments in demo_arguments(out).items():
+        write_json(out / f"{name}.json", arguments)
+    print(f"$ python cluster.py --config {out / 'cluster.json'}", flush=True)
+    subprocess.run([sys.executable, Path(__file__).with_name("cluster.py"), "--config", out / "cluster.json"], check=True)
+
+
+def demo_arguments(out):
+    """The arguments that suit a T5 of this size, for each script."""
+    t5, clustered = str(out / "t5"), str(out / "source" / "clustered.jsonl")
+    common = {"model": t5, "prompt_length": 20, "max_length": 64, "threads": 1}
+    meta = {**common, "source": clustered, "validation": 400}
+    tune = {**common, "task": [str(out / domain) for domain in TASK_DOMAINS], "out": str(out / "results.jsonl")}
+    return {
+        "cluster": {"source": str(out / "source" / "examples.jsonl"), "out": clustered, "encoder": t5, "k": 4},
+        "maml": {**meta, "method": "maml", "out": str(out / "maml"), "learning_rate": 0.03, "max_steps": 400,
+                 "eval_every": 25},
+        "ppt": {**meta, "method": "ppt", "out": str(out / "ppt"), "learning_rate": 0.03, "max_steps": 2000,
+                "eval_every": 100},
+        "pt": {**tune, "method": "pt", "prompt": ["random", str(out / "ppt"), str(out / "maml")],
+               "learning_rate": 0.03},
+        "ft": {**tune, "method": "ft", "learning_rate": 0.001},
+    }
+
+
+def demo(out="demo", steps=1500, restart=False):
+    """Makes the offline demo in the folder `out` where it is not there yet, and returns the folder."""
+    out = Path(out)
+    if restart or not (out / "source" / "clustered.jsonl").exists():  # what is written last
+        print(f"Making the offline demo in {out}/: reviews written by a small grammar in {len(DOMAINS)} domains and a "
+              "tiny T5 pre-trained on them. Nothing is downloaded; it takes about a minute.", flush=True)
+        write_demo(out, steps)
+    return out
+
+
+# ----------------------------------------------------------------------------------- what the scripts have in common
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with defaults shown, defaults from a JSON file, and errors of one line."""
+
+    def __init__(self, description=None, **kwargs):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add(self, flag, help, default=None, **kwargs):
+        """Adds a flag whose help ends in its default."""
+        if default not in (None, False):
+            help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+        self.add_argument(flag, help=help.replace("%", "%%"), default=default, **kwargs)
+
+    def add_config_flag(self):
+        self.add("--config", "a JSON file of flags, as arguments.json of an earlier run; flags given beside it win",
+                 metavar="FILE")
+
+    def add_setting(self, flag, help, settings, **kwargs):
+        """Adds a flag whose default depends on the method: settings[method][flag]."""
+        name = flag.lstrip("-").replace("-", "_")
+        help += f" (default: {', '.join(f'{method} {values[name]}' for method, values in settings.items())})"
+        self.add_argument(flag, help=help, **kwargs)
+
+    def add_model_flags(self):
+        """The flags of the scripts that train a prompt."""
+        self.add("--model", "a T5 by hub name or folder", MODEL)
+        self.add("--prompt-length", "vectors of a prompt that starts at random", 100, type=int)
+        self.add("--max-length", "tokens of H(x) at most; longer texts are cut", 256, type=int)
+        self.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
+        self.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
+        self.add("--weight-decay", "of AdamW; the paper names none", 0.0, type=float)
+        self.add("--restart", "begins anew where an earlier run could be continued", False, action="store_true")
+
+    def parse(self, argv=None):
+        """The arguments, after --config. Raises InputError where that file is not one of this script's flags."""
+        if config := super().parse_known_args(argv)[0].config:
+            try:
+                defaults = json.loads(Path(config).read_text(encoding="utf-8"))
+                unknown = set(defaults) - {action.dest for action in self._actions}
+            except (OSError, ValueError, TypeError) as error:
+                raise InputError(f"{config}: not a JSON file of flags: {error}")
+            if unknown:
+                raise InputError(f"{config}: {self.prog} has no flag --{sorted(unknown)[0].replace('_', '-')}")
+            self.set_defaults(**defaults)
+        args = self.parse_args(argv)
+        if "threads" in args:
+            torch.set_num_threads(args.threads or free_cores())
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def fill(args, settings):
+    """The arguments, those that were not given taken from `settings`."""
+    return argparse.Namespace(**{name: settings.get(name) if value is None else value
+                                 for name, value in vars(args).items()})
+
+
+def save_arguments(path, args):
+    """Writes the arguments that a script ran with as JSON: a file for --config."""
+    write_json(path, {name: value for name, value in vars(args).items() if name not in ("config", "restart")})
+
+
+class StopSignal:
+    """Within `with StopSignal() as stop`, Ctrl-C and SIGTERM only make `stop` true: the loop ends its step first."""
+
+    def __enter__(self):
+        self.stopped = False
+        self.handlers = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, number, frame):
+        self.stopped = True
+
+    def __bool__(self):
+        return self.stopped
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def free_cores(interval=0.1):
+    """How many of the cores that this process may use are idle, at least 1. A thread pool that is larger waits at
+    every operation for its slowest thread, which can slow a tiny model a hundredfold."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count()
+    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+
+    def idle_ticks():
+        rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        return sum(int(row[4]) for row in rows if row[0] in mine)
+
+    before = idle_ticks()
+    time.sleep(interval)
+    return max(1, min(len(mine), round((idle_ticks() - before) / (interval * os.sysconf("SC_CLK_TCK")))))
+
+
+def linear_schedule(step, total, warmup=20):
+    """The learning rate's factor at a step of Appendix A's linear scheduler: up over `warmup` steps, down to 0."""
+    return min((step + 1) / warmup, (total - step) / max(1, total - warmup))
+
+
+def run(main):
+    """Runs a script's main; bad input ends in one line on standard error and exit status 2."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(report(f"{Path(sys.argv[0]).name}: {error}", 2))
+    except KeyboardInterrupt as stop:
+        sys.exit(report(str(stop) or "stopped; the same command continues", 130))
+
+
+def report(message, status):
+    print(" ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("convert", help="a dataset's official files as a task folder")
+    command.add_argument("dataset", choices=DATASETS)
+    command.add("--input", "the official file, or the folder of them", required=True)
+    command.add("--out", "the task folder to write", required=True, metavar="FOLDER")
+    command.add("--test-share", "where there is no test file: the share of the training split to test on", 0.0,
+                type=float)
+    command = commands.add_parser("demo", help="makes the offline demo")
+    command.add("--out", "the folder to write", "demo", metavar="FOLDER")
+    command.add("--max-steps", "steps of pre-training its T5", 1500, type=int)
+    command.add("--restart", "makes it anew", False, action="store_true")
+    args = parser.parse_args(argv)
+    if args.command == "convert":
+        convert(args.dataset, args.input, args.out, args.test_share)
+    else:
+        print(f"wrote {demo(args.out, args.max_steps, args.restart)}/: now python train_meta.py, python finetune.py")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,342 @@
+"""
+MetaPT: Learning a Better Initialization for Soft Prompts via Meta-Learning (Huang, Qian and Yu).
+
+The method and nothing else; it needs torch and transformers, and can be copied alone into another project.
+In the paper's order: a task's template and words (Section 3), the frozen T5 that reads [P; H(x)] (Section 3),
+one step of adaptation to a meta-task (Equation 1), the meta-gradient over all meta-tasks (Equation 2), and the
+prompt as a file.
+
+    task = Task("sst5", "{text} It was {mask}", ["terrible", "bad", "okay", "good", "great"])
+    model = PromptedT5(*load_t5("google-t5/t5-base"), task)
+    prompt = model.init_prompt()
+    supports = [model.encode(examples) for examples in m_examples_of_every_meta_task]
+    queries = [model.encode(examples) for examples in m_others_of_every_meta_task]
+    gradient, loss = meta_gradient(model, prompt, supports, queries, alpha=0.08)
+    prompt = prompt - beta * gradient
+"""
+
+import json
+import os
+import string
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
+
+MASK = "<extra_id_0>"  # T5's first sentinel stands for the paper's <X>
+NEW_WORD = "\u2581"  # how a sentencepiece that begins a word begins
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line that names it and says how to mend it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task as text (Section 3): H(x) is `template` filled in, and label y is the word z = words[y].
+
+    `template` names {mask} once and any fields of an example: "{text} It was {mask}", "{premise}? {mask}. {hypothesis}".
+    Raises InputError where it does not, or where two words are the same.
+    """
+
+    name: str
+    template: str
+    words: list[str]
+
+    def __post_init__(self):
+        try:
+            names = [name for _, name, *_ in string.Formatter().parse(self.template) if name is not None]
+        except ValueError as error:
+            raise InputError(f"task {self.name}: the template {self.template!r} cannot be read: {error}")
+        if names.count("mask") != 1 or "" in names or len(names) < 2:
+            raise InputError(f"task {self.name}: the template {self.template!r} must hold {{mask}} once and a field "
+                             "of the examples, as '{text} It was {mask}' does")
+        if len(self.words) < 2 or len(set(self.words)) < len(self.words):
+            raise InputError(f"task {self.name}: the words {self.words} must be two or more, all different")
+
+    @property
+    def fields(self):
+        """The keys of an example that the template reads."""
+        return [name for _, name, *_ in string.Formatter().parse(self.template) if name and name != "mask"]
+
+    @classmethod
+    def load(cls, path):
+        """The task in `path`, a task.json or a folder that holds one. Raises InputError."""
+        path = Path(path) / "task.json" if Path(path).is_dir() else Path(path)
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(text, str) for text in [facts["name"], facts["template"], *list(facts["words"])]):
+                raise ValueError("the name, the template and every word must be strings")
+            return cls(facts["name"], facts["template"], list(facts["words"]))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f'{path}: not a task: {error}; write {{"name": ..., "template": ..., "words": [...]}}')
+
+    def save(self, folder):
+        """Writes folder/task.json."""
+        write_json(Path(folder) / "task.json", {"name": self.name, "template": self.template, "words": self.words})
+
+
+class PromptedT5(torch.nn.Module):
+    """A frozen T5 that reads a soft prompt P before the text, [P; H(x)], and answers at the mask (Section 3).
+
+    t5: any T5ForConditionalGeneration; its weights are frozen and its dropout is turned off here.
+    tokenizer: its tokenizer. task: the Task. max_length: tokens of H(x) at most; the text is cut, never the template.
+    Raises InputError where a word of the task is not one piece of the tokenizer, or the model is no T5.
+    """
+
+    def __init__(self, t5, tokenizer, task, max_length=256):
+        super().__init__()
+        if not isinstance(t5, T5ForConditionalGeneration):
+            raise InputError(f"{type(t5).__name__} is no T5ForConditionalGeneration; choose a T5 model")
+        self.t5 = t5.requires_grad_(False).eval()
+        self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
+        self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
+        if self.mask_id in (None, tokenizer.unk_token_id):
+            raise InputError(f"the tokenizer of {t5.config._name_or_path} has no {MASK}; choose a T5 tokenizer")
+        pieces = [self._pieces(word) for word in task.words]
+        for word, ids in zip(task.words, pieces):
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+                raise InputError(f"task {task.name}: the word {word!r} is not one piece of the tokenizer but "
+                                 f"{tokenizer.convert_ids_to_tokens(ids)}; choose another word")
+        self.word_ids = torch.tensor(pieces)[:, 0]
+        decoder_start = t5.config.decoder_start_token_id
+        self.decoder_ids = torch.tensor([[t5.config.pad_token_id if decoder_start is None else decoder_start,
+                                          self.mask_id]])
+
+    @property
+    def device(self):
+        return self.t5.device
+
+    def init_prompt(self, n_tokens=100, seed=1, init="vocab"):
+        """A random prompt [n_tokens, d_model], float32: rows of the embedding table (`vocab`), or `normal` noise as
+        large as they are."""
+        generator = torch.Generator().manual_seed(seed)
+        table = self.t5.get_input_embeddings().weight.detach().cpu()
+        if init == "normal":
+            prompt = torch.randn(n_tokens, table.shape[1], generator=generator) * table.float().std()
+        else:
+            special = set(self.tokenizer.all_special_ids)
+            rows = torch.tensor([i for i in range(min(len(self.tokenizer), len(table))) if i not in special])
+            prompt = table[rows[torch.randint(len(rows), (n_tokens,), generator=generator)]]
+        return prompt.float().to(self.device)
+
+    def _pieces(self, text, before=" "):
+        """Token ids of `text`. Where no space parts it from what stands before it, as the full stop in "{mask}.", its
+        first piece loses the mark of a new word, which the tokenizer puts before any text that it is given alone."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        if ids and not before[-1].isspace() and not text[0].isspace():
+            piece = self.tokenizer.convert_ids_to_tokens(ids[0]).removeprefix(NEW_WORD)
+            inner = self.tokenizer.convert_tokens_to_ids(piece) if piece else None
+            ids = ids[1:] if inner is None else ids if inner == self.tokenizer.unk_token_id else [inner] + ids[1:]
+        return ids
+
+    def _fill(self, example):
+        """H(x) (Section 3) as token ids: the template around the example's fields, then </s>. Where that is longer
+        than max_length, the longest field loses its end, never the template."""
+        parts, fields, before = [], [], " "
+        for literal, name, *_ in string.Formatter().parse(self.task.template):
+            if literal:
+                parts.append(self._pieces(literal, before))
+                before = literal
+            if name == "mask":
+                parts.append([self.mask_id])
+                before = MASK
+            elif name and example[name]:
+                fields.append(self._pieces(example[name], before))
+                parts.append(fields[-1])
+                before = example[name]
+        while sum(map(len, parts)) + 1 > self.max_length:
+            if not any(fields):
+                raise InputError(f"the template of task {self.task.name} alone is longer than {self.max_length} tokens")
+            max(fields, key=len).pop()
+        return sum(parts, []) + [self.tokenizer.eos_token_id]
+
+    def encode(self, examples):
+        """Examples (dicts with the template's fields and, where known, a `label`) as a batch: input_ids [B, L],
+        attention_mask [B, L] and, where every example has one, labels [B]. Kept on the CPU until used."""
+        texts = [torch.tensor(self._fill(example)) for example in examples]
+        batch = pad([(ids, torch.ones_like(ids)) for ids in texts], self.tokenizer.pad_token_id)
+        if all("label" in example for example in examples):
+            batch["labels"] = torch.tensor([example["label"] for example in examples])
+        return batch
+
+    def forward(self, prompt, batch):
+        """[P; H(x)] -> logits at <X>, [B, vocabulary]. prompt: [n, d], or [B, n, d] with one for each example;
+        an empty prompt [0, d] is none at all."""
+        text = self.t5.get_input_embeddings()(batch["input_ids"].to(self.device))
+        P = prompt.to(text.dtype).expand(len(text), -1, -1)
+        mask = None  # where nothing is padded
+        if not batch["attention_mask"].all():
+            mask = F.pad(batch["attention_mask"], (P.shape[1], 0), value=1).to(self.device)
+        answer = self.t5(inputs_embeds=torch.cat([P, text], dim=1), attention_mask=mask, use_cache=False,
+                         decoder_input_ids=self.decoder_ids.expand(len(text), -1).to(self.device))
+        return answer.logits[:, 1]  # position 0 answers with <X> itself, position 1 with what it stands for
+
+    def loss(self, prompt, batch, reduction="mean"):
+        """-log p(<X> = z | [P; H(x)]; P), the objective of Section 3: over the whole vocabulary, the mean over the
+        batch, or each example's with reduction="none"."""
+        words = self.word_ids[batch["labels"]].to(self.device)
+        return F.cross_entropy(at_least_float32(self(prompt, batch)), words, reduction=reduction)
+
+    def probabilities(self, prompt, batch):
+        """Each example's distribution over the task's words, [B, classes]."""
+        with torch.no_grad():
+            return at_least_float32(self(prompt, batch))[:, self.word_ids.to(self.device)].softmax(-1)
+
+    def predict(self, prompt, batch):
+        """The label of each example, [B]: the most probable of the task's words."""
+        return self.probabilities(prompt, batch).argmax(-1)
+
+    @torch.no_grad()
+    def evaluate(self, prompt, batches):
+        """Scores of labelled batches: `accuracy` (a share), mean `loss`, `in_words` (the share of examples whose most
+        probable token of the whole vocabulary is a word of the task) and `predicted` (examples given each label)."""
+        correct = loss = in_words = total = 0
+        predicted = torch.zeros(len(self.task.words), dtype=torch.long)
+        for batch in batches:
+            logits = at_least_float32(self(prompt, batch)).cpu()
+            labels = logits[:, self.word_ids].argmax(-1)
+            correct += (labels == batch["labels"]).sum().item()
+            loss += F.cross_entropy(logits, self.word_ids[batch["labels"]], reduction="sum").item()
+            in_words += torch.isin(logits.argmax(-1), self.word_ids).sum().item()
+            predicted += torch.bincount(labels, minlength=len(predicted))
+            total += len(labels)
+        return {"accuracy": correct / total, "loss": loss / total, "in_words": in_words / total,
+                "predicted": predicted.tolist()}
+
+
+def adapt(model, prompt, support, alpha, create_graph=False):
+    """Equation 1: one step of gradient descent on a meta-task's support examples.
+
+    prompt [n, d] with support one batch gives P'_i [n, d]; stacked prompts [T, n, d] with support a list of T
+    batches take every task's step in one pass. With create_graph the step can itself be differentiated.
+    """
+    if prompt.dim() == 2:
+        return adapt(model, prompt[None], [support], alpha, create_graph)[0]
+    P = prompt if prompt.requires_grad else prompt.detach().requires_grad_()
+    # Fused attention has no second derivative; its plain form has, and costs what "eager" attention does.
+    with sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():
+        gradient, = torch.autograd.grad(summed_loss(model, P, support), P, create_graph=create_graph)
+    return P - alpha * gradient  # P'_i = P - α ∇_P L_Ti(f_P)
+
+
+def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, tasks_per_pass=None):
+    """Equation 2's gradient, exact to the second order: ∇_P Σ_Ti L_Ti(f_P'_i), where every P'_i is a function of P.
+
+    prompt [n, d]; supports and queries: one encoded batch a task. first_order treats ∇_P L_Ti(f_P) as a constant,
+    which drops the Hessian. tasks_per_pass tasks share a forward pass (default: all), which bounds the memory and
+    changes nothing else. Returns the gradient [n, d] and the summed query loss, both detached.
+    """
+    tasks = len(supports)
+    gradient, total = torch.zeros_like(prompt), 0.0
+    for start in range(0, tasks, tasks_per_pass or tasks):
+        chunk = slice(start, start + (tasks_per_pass or tasks))
+        # A copy of P for every task: gradients with respect to the copies are the tasks' own, never mixed.
+        P = prompt.detach().repeat(len(supports[chunk]), 1, 1).requires_grad_()
+        adapted = adapt(model, P, supports[chunk], alpha, create_graph=not first_order)
+        loss = summed_loss(model, adapted, queries[chunk])
+        per_task, = torch.autograd.grad(loss, P)  # through P'_i, so through the gradient in Equation 1
+        gradient += per_task.sum(0)
+        total = total + loss.detach()
+    return gradient, total
+
+
+def summed_loss(model, prompts, batches):
+    """Σ_i L_Ti(f_Pi) in one forward pass: prompts [T, n, d], batches a list of T, each example with its own task's
+    prompt. The mean is over each task's examples and the sum over tasks: so no task's step depends on the others."""
+    sizes = torch.tensor([len(batch["labels"]) for batch in batches], device=prompts.device)
+    batch = batches[0] if len(batches) == 1 else join(batches, model.tokenizer.pad_token_id)
+    losses = model.loss(prompts.repeat_interleave(sizes, 0), batch, reduction="none")
+    return (losses / sizes.repeat_interleave(sizes)).sum()
+
+
+def pad(rows, pad_id):
+    """[(token ids, mask)] of different lengths as one batch: input_ids [B, L] and attention_mask [B, L]."""
+    ids, mask = zip(*rows)
+    return {"input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id),
+            "attention_mask": torch.nn.utils.rnn.pad_sequence(mask, batch_first=True)}
+
+
+def join(batches, pad_id):
+    """Several batches as one, their rows in order, padded to the longest."""
+    rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"])]
+    return {**pad(rows, pad_id), "labels": torch.cat([batch["labels"] for batch in batches])}
+
+
+def select(batch, rows):
+    """Some rows of a batch, without the padding that only the others needed."""
+    part = {name: values[rows] for name, values in batch.items()}
+    length = int(part["attention_mask"].sum(1).max())
+    return {name: values[:, :length] if values.dim() == 2 else values for name, values in part.items()}
+
+
+def at_least_float32(logits):
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def load_t5(name, device="cpu"):
+    """A T5, T5 v1.1, flan-t5 or LM-adapted T5 by hub name or folder, and its tokenizer. Reads safetensors only and
+    runs no code that comes with a model. Raises InputError."""
+    try:
+        if (kind := AutoConfig.from_pretrained(name).model_type) != "t5":
+            raise InputError(f"{name} is no T5 but {kind}; choose one, as google-t5/t5-base")
+        t5 = T5ForConditionalGeneration.from_pretrained(name, use_safetensors=True)
+        return t5.to(device), AutoTokenizer.from_pretrained(name)
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise InputError(f"{name}: cannot be loaded as a T5: {str(error).strip().splitlines()[0]}")
+
+
+def save_prompt(folder, prompt, base_model, **facts):
+    """Writes a prompt [n, d_model] as a folder in PEFT's layout, and `facts` beside it as metapt.json. base_model is
+    the T5 it belongs to."""
+    folder, config = Path(folder), base_model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {"prompt_embeddings": prompt.detach().float().cpu().contiguous()}
+    write_beside(folder / "adapter_model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": config._name_or_path,
+        "num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "num_transformer_submodules": 1,
+        "num_layers": config.num_layers, "num_attention_heads": config.num_heads, "inference_mode": True})
+    write_json(folder / "metapt.json", facts)
+
+
+def load_prompt(folder, width=None):
+    """The prompt [n, d_model] in a folder that save_prompt or PEFT wrote, and its facts: those of metapt.json where
+    there is one, and `base_model`. Raises InputError, also where d_model is not `width`."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        facts = folder / "metapt.json"
+        facts = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            prompt = file.get_tensor("prompt_embeddings").float()
+        if config["peft_type"] != "PROMPT_TUNING" or prompt.dim() != 2 or not prompt.isfinite().all():
+            raise ValueError("no soft prompt of shape [n, d_model] with finite numbers")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: not a prompt: {str(error).splitlines()[0]}; give a folder that train_meta.py wrote")
+    if width and prompt.shape[1] != width:
+        raise InputError(f"{folder}: a prompt of width {prompt.shape[1]} for {config.get('base_model_name_or_path')}; "
+                         f"this model needs {width}")
+    return prompt, {**facts, "base_model": config.get("base_model_name_or_path")}
+
+
+def write_beside(path, write):
+    """Has `write` fill a file beside `path` and renames it, so that `path` is never half-written."""
+    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Writes `value` as an indented JSON file."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
