@@ -30,8 +30,11 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from metapt import InputError, Task, write_beside, write_json
+
+transformers_logging.disable_progress_bar()  # the scripts have their own
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 TEMPLATE = "{text} It was {mask}"  # the paper's, Section 3
@@ -220,41 +223,47 @@ def divide(examples, share):
     cut = round(share * len(examples))
     return [examples[i] for i in order[:cut]], [examples[i] for i in order[cut:]]
 
+
 # -------------------------------------------------------------------- the offline demo: reviews written by a grammar
 
 # Words for each grade, from terrible to great. SHARED ones are used of everything.
 SHARED = ["awful horrible dreadful pathetic", "poor weak disappointing mediocre", "fine average ordinary acceptable",
           "nice pleasant solid enjoyable", "excellent wonderful superb fantastic"]
-DOMAINS = {  # domain: its aspects, and its own words for each grade
-    "films": ("plot acting ending script music camera",
+DOMAINS = {  # domain: how its reviews may open, its aspects, and its own words for each grade
+    "films": (["we watched it last night .", "my sister took me to the cinema ."],
+              "plot acting ending script music camera",
               ["unwatchable incoherent", "dull clumsy", "predictable watchable", "funny moving", "gripping masterful"]),
-    "restaurants": ("soup waiter dessert menu pasta kitchen",
+    "restaurants": (["we had dinner there on sunday .", "the table was booked for two ."],
+                    "soup waiter dessert menu pasta kitchen",
                     ["inedible rancid", "bland greasy", "edible filling", "tasty fresh", "delicious exquisite"]),
-    "laptops": ("keyboard battery screen fan processor trackpad",
+    "laptops": (["i bought this computer for work .", "it came with windows installed ."],
+                "keyboard battery screen fan processor trackpad",
                 ["unusable defective", "sluggish noisy", "standard usable", "quick sturdy", "blazing flawless"]),
-    "hotels": ("room bed pool lobby shower breakfast",
+    "hotels": (["we stayed for three nights .", "the place is near the beach ."],
+               "room bed pool lobby shower breakfast",
                ["filthy infested", "cramped shabby", "basic functional", "comfortable clean", "luxurious immaculate"]),
-    "books": ("prose chapter hero dialogue cover style",
-              ["unreadable illiterate", "tedious shallow", "readable conventional", "clever warm", "brilliant timeless"]),
-    "games": ("level combat puzzle graphics story controls",
+    "books": (["i read it in one week .", "this novel was a present ."],
+              "prose chapter hero dialogue cover style",
+              ["unreadable illiterate", "tedious shallow", "readable conventional", "clever warm",
+               "brilliant timeless"]),
+    "games": (["i played it for ten hours .", "my son has it on his console ."],
+              "level combat puzzle graphics quest controls",
               ["unplayable broken", "repetitive buggy", "playable simple", "fun challenging", "addictive stunning"]),
 }
 SOURCE_DOMAINS, TASK_DOMAINS = ["films", "restaurants", "laptops", "hotels"], ["books", "games"]
 FRAMES = ["the {aspect} was {word}", "i found the {aspect} {word}", "we thought the {aspect} was really {word}",
           "{word} {aspect}", "the {aspect} seemed {word} to me", "my friend called the {aspect} {word}"]
-OPENINGS = ["", "", "we went there last week .", "i got this for my birthday .", "everyone talks about it .",
-            "this is my honest review ."]
 
 
 def write_review(domain, grade, rng):
     """A review of one to three remarks, whose words mostly agree with its grade."""
-    aspects, own = DOMAINS[domain]
+    openings, aspects, own_words = DOMAINS[domain]
     remarks = []
     for aspect in rng.sample(aspects.split(), rng.choice([1, 2, 2, 3])):
         said = min(4, max(0, grade + rng.choice([-1, 1]))) if rng.random() < 0.15 else grade
-        words = own[said] if rng.random() < 0.5 else SHARED[said]
+        words = own_words[said] if rng.random() < 0.6 else SHARED[said]
         remarks.append(rng.choice(FRAMES).format(aspect=aspect, word=rng.choice(words.split())))
-    return f"{rng.choice(OPENINGS)} {' and '.join(remarks)} .".strip()
+    return f"{rng.choice(openings)} {' and '.join(remarks)} ."
 
 
 def write_reviews(domain, count, rng):
@@ -343,7 +352,8 @@ def write_demo(out, steps):
     for name, arguments in demo_arguments(out).items():
         write_json(out / f"{name}.json", arguments)
     print(f"$ python cluster.py --config {out / 'cluster.json'}", flush=True)
-    subprocess.run([sys.executable, Path(__file__).with_name("cluster.py"), "--config", out / "cluster.json"], check=True)
+    script = Path(__file__).with_name("cluster.py")
+    subprocess.run([sys.executable, script, "--config", out / "cluster.json"], check=True)
 
 
 def demo_arguments(out):
@@ -354,12 +364,9 @@ def demo_arguments(out):
     tune = {**common, "task": [str(out / domain) for domain in TASK_DOMAINS], "out": str(out / "results.jsonl")}
     return {
         "cluster": {"source": str(out / "source" / "examples.jsonl"), "out": clustered, "encoder": t5, "k": 4},
-        "maml": {**meta, "method": "maml", "out": str(out / "maml"), "learning_rate": 0.03, "max_steps": 400,
-                 "eval_every": 25},
-        "ppt": {**meta, "method": "ppt", "out": str(out / "ppt"), "learning_rate": 0.03, "max_steps": 2000,
-                "eval_every": 100},
-        "pt": {**tune, "method": "pt", "prompt": ["random", str(out / "ppt"), str(out / "maml")],
-               "learning_rate": 0.03},
+        "maml": {**meta, "method": "maml", "out": str(out / "maml"), "max_steps": 1000, "eval_every": 50},
+        "ppt": {**meta, "method": "ppt", "out": str(out / "ppt"), "max_steps": 4000, "eval_every": 200},
+        "pt": {**tune, "method": "pt", "prompt": ["random", str(out / "ppt"), str(out / "maml")]},
         "ft": {**tune, "method": "ft", "learning_rate": 0.001},
     }
 
@@ -402,7 +409,6 @@ class Parser(argparse.ArgumentParser):
 
     def add_model_flags(self):
         """The flags of the scripts that train a prompt."""
-        self.add("--model", "a T5 by hub name or folder", MODEL)
         self.add("--prompt-length", "vectors of a prompt that starts at random", 100, type=int)
         self.add("--max-length", "tokens of H(x) at most; longer texts are cut", 256, type=int)
         self.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
@@ -412,7 +418,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv=None):
         """The arguments, after --config. Raises InputError where that file is not one of this script's flags."""
-        if config := super().parse_known_args(argv)[0].config:
+        if config := getattr(super().parse_known_args(argv)[0], "config", None):
             try:
                 defaults = json.loads(Path(config).read_text(encoding="utf-8"))
                 unknown = set(defaults) - {action.dest for action in self._actions}

@@ -208,6 +208,7 @@ def main(argv=None):
     parser.add_config_flag()
     parser.add("--task", "task folders", nargs="+", metavar="FOLDER")
     parser.add("--method", "prompt tuning or full tuning", "pt", choices=list(SETTINGS))
+    parser.add("--model", f"a T5 by hub name or folder (default: {data.MODEL}; with --predict the prompt's own)")
     parser.add("--prompt", "where prompt tuning starts: random, or prompts' folders", ["random"], nargs="+")
     parser.add("--shots", "training examples", [40], type=int, nargs="+")
     parser.add("--seeds", "each draws its own examples", [1, 2, 3, 4, 5], type=int, nargs="+")

@@ -99,6 +99,7 @@ class PromptedT5(torch.nn.Module):
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
         if self.mask_id in (None, tokenizer.unk_token_id):
             raise InputError(f"the tokenizer of {t5.config._name_or_path} has no {MASK}; choose a T5 tokenizer")
+        self.special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         pieces = [self._pieces(word) for word in task.words]
         for word, ids in zip(task.words, pieces):
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
@@ -121,7 +122,7 @@ class PromptedT5(torch.nn.Module):
         if init == "normal":
             prompt = torch.randn(n_tokens, table.shape[1], generator=generator) * table.float().std()
         else:
-            special = set(self.tokenizer.all_special_ids)
+            special = self.special_ids | {self.tokenizer.unk_token_id}
             rows = torch.tensor([i for i in range(min(len(self.tokenizer), len(table))) if i not in special])
             prompt = table[rows[torch.randint(len(rows), (n_tokens,), generator=generator)]]
         return prompt.float().to(self.device)
@@ -129,7 +130,8 @@ class PromptedT5(torch.nn.Module):
     def _pieces(self, text, before=" "):
         """Token ids of `text`. Where no space parts it from what stands before it, as the full stop in "{mask}.", its
         first piece loses the mark of a new word, which the tokenizer puts before any text that it is given alone."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = self.tokenizer(text.strip(), add_special_tokens=False).input_ids
+        ids = [i for i in ids if i not in self.special_ids]  # a text that spells </s> or <extra_id_0> holds no such token
         if ids and not before[-1].isspace() and not text[0].isspace():
             piece = self.tokenizer.convert_ids_to_tokens(ids[0]).removeprefix(NEW_WORD)
             inner = self.tokenizer.convert_tokens_to_ids(piece) if piece else None
@@ -284,15 +286,16 @@ def load_t5(name, device="cpu"):
     """A T5, T5 v1.1, flan-t5 or LM-adapted T5 by hub name or folder, and its tokenizer. Reads safetensors only and
     runs no code that comes with a model. Raises InputError."""
     try:
-        if (kind := AutoConfig.from_pretrained(name).model_type) != "t5":
-            raise InputError(f"{name} is no T5 but {kind}; choose one, as google-t5/t5-base")
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != "t5":
+            raise ValueError(f"it is no T5 but {kind}; choose one, as google-t5/t5-base")
         t5 = T5ForConditionalGeneration.from_pretrained(name, use_safetensors=True)
         return t5.to(device), AutoTokenizer.from_pretrained(name)
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{name}: cannot be loaded as a T5: {str(error).strip().splitlines()[0]}")
 
 
-def save_prompt(folder, prompt, base_model, **facts):
+def save_prompt(folder, prompt, base_model, /, **facts):
     """Writes a prompt [n, d_model] as a folder in PEFT's layout, and `facts` beside it as metapt.json. base_model is
     the T5 it belongs to."""
     folder, config = Path(folder), base_model.config

@@ -39,6 +39,7 @@ def train(args):
           f"{sum(map(len, held_out)):,} others validate", flush=True)
     if args.method == "ppt":  # which mixes all source data
         tasks = [[example for task in tasks for example in task]]
+    first_epoch = len(tasks[0]) // args.batch_size if args.method == "ppt" else 0  # A.2: no early stop within it
     held_out = [encode_held_out(model, examples, args.batch_size) for examples in held_out]
 
     prompt = torch.nn.Parameter(start_prompt(model, args))
@@ -59,7 +60,7 @@ def train(args):
                     best = {"prompt": prompt.detach().clone(), "step": step, **score}
                 log.write({"step": step, **score, "best_step": best["step"]})
                 bar.set_postfix(accuracy=f"{score['accuracy']:.3f}", best=f"{best['accuracy']:.3f}")
-            ended = step == args.max_steps or step - best["step"] >= args.patience * args.eval_every
+            ended = step == args.max_steps or step - max(best["step"], first_epoch) >= args.patience * args.eval_every
             if ended or stop or step % args.eval_every == 0:
                 save_checkpoint(out / "checkpoint.safetensors", prompt, optimizer, step, best)
             if ended:
@@ -185,9 +186,11 @@ def main(argv=None):
     parser.add("--source", "source data with clusters, as cluster.py writes it", metavar="FILE")
     parser.add("--out", "the prompt's folder", metavar="FOLDER")
     parser.add("--method", "MetaPT, first-order MAML, or the PPT baseline", "maml", choices=list(SETTINGS))
+    parser.add("--model", "a T5 by hub name or folder", data.MODEL)
     parser.add("--alpha", "the inner loop's learning rate", 0.08, type=float)
     parser.add_setting("--learning-rate", "AdamW's, the outer loop's β", SETTINGS, type=float)
-    parser.add("--batch-size", "m, examples of a task to adapt on and another m to score (PPT: of a batch)", 4, type=int)
+    parser.add("--batch-size", "m, examples of a task to adapt on and another m to score (PPT: of a batch)", 4,
+               type=int)
     parser.add_setting("--max-steps", "steps at most", SETTINGS, type=int)
     parser.add_setting("--eval-every", "steps between evaluations", SETTINGS, type=int)
     parser.add_setting("--patience", "evaluations without a better one until the run stops", SETTINGS, type=int)

@@ -1,0 +1,800 @@
+"""
+The sanity checks, on a tiny T5 made here; nothing is downloaded. Run as a script it is the benchmark.
+
+    python -m pytest -q
+    python test_metapt.py --shape small         # seconds, multiples of a forward pass, peak memory
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+import cluster
+import data
+import finetune
+import metapt
+import train_meta
+from metapt import InputError, PromptedT5, Task, adapt, load_prompt, meta_gradient, save_prompt
+
+SENTIMENT = Task("sentiment", data.TEMPLATE, data.WORDS[5])
+SHAPES = {  # of the public T5s, for the benchmark; `tiny` is the tests' own
+    "tiny": dict(d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=2),
+    "small": dict(d_model=512, d_kv=64, d_ff=2048, num_heads=8, num_layers=6, vocab_size=32128),
+    "base": dict(d_model=768, d_kv=64, d_ff=3072, num_heads=12, num_layers=12, vocab_size=32128),
+    "large": dict(d_model=1024, d_kv=64, d_ff=4096, num_heads=16, num_layers=24, vocab_size=32128),
+}
+
+
+def make_tokenizer():
+    reviews = [review["text"] for domain in data.DOMAINS for review in data.write_reviews(domain, 200, random.Random(0))]
+    return data.demo_tokenizer([*reviews, "it was " + " ".join(data.WORDS[5]), "yes maybe no ?"])
+
+
+def make_t5(tokenizer, shape="tiny", **changes):
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "decoder_start_token_id": 0, "pad_token_id": 0, **SHAPES[shape], **changes}
+    return T5ForConditionalGeneration(T5Config(**shape))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Lets a float64 T5 compute in float64 throughout: its layer norm alone squares in float32."""
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    monkeypatch.setattr(T5LayerNorm, "forward", forward)
+
+
+@pytest.fixture(params=["relu, tied", "gated-gelu, untied"])  # T5, and T5 v1.1
+def model(request, exact, tokenizer):
+    kind, tied = request.param.split(", ")
+    t5 = make_t5(tokenizer, feed_forward_proj=kind, tie_word_embeddings=tied == "tied").double()
+    with torch.no_grad():  # large enough weights that the second derivative is no small thing
+        for parameter in t5.parameters():
+            parameter.mul_(1.5)
+    return PromptedT5(t5, tokenizer, SENTIMENT, max_length=32)
+
+
+def make_examples(count, seed=0, domain="films"):
+    return data.write_reviews(domain, count, random.Random(seed))
+
+
+def make_tasks(model, sizes=((3, 4), (2, 2), (4, 1))):
+    """Supports and queries of unequal sizes and lengths."""
+    supports = [model.encode(make_examples(m, i, domain)) for i, ((m, _), domain) in enumerate(zip(sizes, data.DOMAINS))]
+    queries = [model.encode(make_examples(m, 9 + i, d)) for i, ((_, m), d) in enumerate(zip(sizes, data.DOMAINS))]
+    return supports, queries
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ------------------------------------------------------------------------------------ Section 3: [P; H(x)] and the T5
+
+
+def test_prompt_of_embedding_rows_is_text_in_front(model):
+    examples = make_examples(3)
+    batch = model.encode(examples)
+    ids = torch.tensor([[5, 9, 4]])
+    prompt = model.t5.get_input_embeddings()(ids)[0].detach()
+    for row, example in enumerate(examples):
+        text = torch.cat([ids[0], model.encode([example])["input_ids"][0]])[None]
+        expected = model.t5(input_ids=text, decoder_input_ids=model.decoder_ids).logits[0, 1]
+        torch.testing.assert_close(model(prompt, batch)[row], expected)
+
+
+def test_no_prompt_is_the_t5_itself(model):
+    batch = model.encode(make_examples(1))
+    expected = model.t5(input_ids=batch["input_ids"], decoder_input_ids=model.decoder_ids).logits[:, 1]
+    torch.testing.assert_close(model(model.init_prompt(0), batch), expected)
+
+
+def test_shapes_and_one_prompt_for_each_example(model):
+    prompt, batch = model.init_prompt(6).double(), model.encode(make_examples(4))
+    assert prompt.shape == (6, 16) and model(prompt, batch).shape == (4, len(model.tokenizer))
+    prompts = torch.stack([model.init_prompt(6, seed).double() for seed in range(4)])
+    each = torch.cat([model(prompts[i], metapt.select(batch, [i])) for i in range(4)])
+    torch.testing.assert_close(model(prompts, batch), each)
+    assert not torch.equal(model.init_prompt(6, 1), model.init_prompt(6, 2))
+    assert torch.equal(model.init_prompt(6, 1), model.init_prompt(6, 1))
+
+
+def test_padding_changes_nothing(model):
+    prompt, batch = model.init_prompt(4).double(), model.encode(make_examples(4))
+    longer = {**batch, "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 9), value=7),
+              "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 9))}
+    torch.testing.assert_close(model(prompt, longer), model(prompt, batch))
+
+
+def test_loss_predict_and_evaluate_agree_with_their_definitions(model):
+    prompt, batch = model.init_prompt(4).double(), model.encode(make_examples(7))
+    logits = model(prompt, batch)
+    words = model.tokenizer.convert_tokens_to_ids(SENTIMENT.words)
+    chosen = [words[label] for label in batch["labels"]]
+    expected = -logits.log_softmax(-1)[range(7), chosen]
+    torch.testing.assert_close(model.loss(prompt, batch), expected.mean())
+    labels = [max(range(5), key=lambda c: row[words[c]].item()) for row in logits]
+    assert model.predict(prompt, batch).tolist() == labels
+    scores = model.evaluate(prompt, [metapt.select(batch, [0, 1, 2, 3]), metapt.select(batch, [4, 5, 6])])
+    assert scores["accuracy"] == pytest.approx(np.mean(np.array(labels) == batch["labels"].numpy()))
+    assert scores["loss"] == pytest.approx(expected.mean().item())
+    assert scores["predicted"] == np.bincount(labels, minlength=5).tolist()
+    assert scores["in_words"] == pytest.approx(np.mean([row.argmax().item() in words for row in logits]))
+
+
+def test_truncation_cuts_the_text_and_never_the_template(tokenizer):
+    t5 = make_t5(tokenizer)
+    words = tokenizer.convert_ids_to_tokens
+    model = PromptedT5(t5, tokenizer, SENTIMENT, max_length=10)
+    ids = model.encode([{"text": "gripping plot " * 50}])["input_ids"][0]
+    assert words(ids) == ["gripping", "plot"] * 3 + ["it", "was", "<extra_id_0>", "</s>"]
+    pair = Task("pair", "{premise} ? {mask} {hypothesis}", ["yes", "no"])
+    ids = PromptedT5(t5, tokenizer, pair, 10).encode([{"premise": "plot " * 9, "hypothesis": "music bad"}])["input_ids"]
+    assert words(ids[0]) == ["plot"] * 5 + ["?", "<extra_id_0>", "music", "bad", "</s>"]
+    with pytest.raises(InputError, match="template .* longer than 3"):
+        PromptedT5(t5, tokenizer, SENTIMENT, max_length=3).encode([{"text": "plot"}])
+
+
+def make_unigram_tokenizer():
+    """A tokenizer with marks of new words, as T5's own has."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁It", "▁was", "▁bad", "▁good", ".", "▁.", "▁plot", "plot", "ish", "<", "a", "_"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0 - len(piece) / 100) for piece in pieces], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+                                   extra_special_tokens=["<extra_id_0>"])
+
+
+def test_template_pieces_with_a_sentencepiece_tokenizer():
+    tokenizer = make_unigram_tokenizer()
+    t5 = make_t5(tokenizer)
+    task = Task("full stop", "{text} It was {mask}.", ["bad", "good"])
+    ids = PromptedT5(t5, tokenizer, task).encode([{"text": "plot"}])["input_ids"][0]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁plot", "▁It", "▁was", "<extra_id_0>", ".", "</s>"]
+    ids = PromptedT5(t5, tokenizer, task).encode([{"text": "plot <extra_id_0> </s>"}])["input_ids"][0]
+    assert (ids == tokenizer.convert_tokens_to_ids("<extra_id_0>")).sum() == 1 and (ids == 1).sum() == 1
+    with pytest.raises(InputError, match="'badish' is not one piece"):
+        PromptedT5(t5, tokenizer, Task("words", data.TEMPLATE, ["good", "badish"]))
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{text} It was", ["bad", "good"]), ("{mask}", ["bad", "good"]), ("{text} {mask} {mask}", ["bad", "good"]),
+    ("{text {mask}", ["bad", "good"]), ("{} {mask}", ["bad", "good"]), (data.TEMPLATE, ["bad"]),
+    (data.TEMPLATE, ["bad", "bad"])])
+def test_bad_tasks_are_refused(template, words):
+    with pytest.raises(InputError, match="task wrong: "):
+        Task("wrong", template, words)
+
+
+# ------------------------------------------------------------------------------------------------- Equations 1 and 2
+
+
+def textbook_loop(model, prompt, supports, queries, alpha):
+    """Equations 1 and 2 as they are written: task after task, one prompt, one graph."""
+    P = prompt.detach().clone().requires_grad_()
+    total = 0
+    for support, query in zip(supports, queries):
+        gradient, = torch.autograd.grad(model.loss(P, support), P, create_graph=True)
+        total = total + model.loss(P - alpha * gradient, query)
+    return torch.autograd.grad(total, P)[0], total.detach()
+
+
+def functional(model, prompt, supports, queries, alpha):
+    """The same by torch.func."""
+    def meta_loss(P):
+        return sum(model.loss(P - alpha * torch.func.grad(model.loss)(P, support), query)
+                   for support, query in zip(supports, queries))
+    gradient, total = torch.func.grad_and_value(meta_loss)(prompt)
+    return gradient, total
+
+
+@pytest.fixture
+def meta(model):
+    return model, model.init_prompt(3).double(), *make_tasks(model), 0.5
+
+
+def test_meta_gradient_against_finite_differences(meta):
+    model, prompt, supports, queries, alpha = meta
+
+    def meta_loss(P):
+        return sum(model.loss(adapt(model, P, support, alpha), query).item()
+                   for support, query in zip(supports, queries))
+
+    gradient, loss = meta_gradient(model, prompt, supports, queries, alpha)
+    assert loss.item() == pytest.approx(meta_loss(prompt), rel=1e-12)
+    numeric = torch.zeros_like(prompt)
+    step = 1e-6
+    for index in np.ndindex(*prompt.shape):
+        change = torch.zeros_like(prompt)
+        change[index] = step
+        numeric[index] = (meta_loss(prompt + change) - meta_loss(prompt - change)) / (2 * step)
+    assert relative_error(gradient, numeric) < 1e-6
+
+
+@pytest.mark.parametrize("tasks_per_pass", [None, 1, 2])
+def test_meta_gradient_against_the_textbook_loop(meta, tasks_per_pass):
+    model, prompt, supports, queries, alpha = meta
+    gradient, loss = meta_gradient(model, prompt, supports, queries, alpha, tasks_per_pass=tasks_per_pass)
+    model.t5.set_attn_implementation("eager")
+    expected, expected_loss = textbook_loop(model, prompt, supports, queries, alpha)
+    assert relative_error(gradient, expected) < 1e-10
+    torch.testing.assert_close(loss, expected_loss)
+
+
+def test_meta_gradient_against_torch_func(meta):
+    model, prompt, supports, queries, alpha = meta
+    gradient, loss = meta_gradient(model, prompt, supports, queries, alpha)
+    model.t5.set_attn_implementation("eager")
+    expected, expected_loss = functional(model, prompt, supports, queries, alpha)
+    assert relative_error(gradient, expected) < 1e-10
+    torch.testing.assert_close(loss, expected_loss)
+
+
+def test_first_order_drops_the_hessian_and_nothing_else(meta):
+    model, prompt, supports, queries, alpha = meta
+    exact, loss = meta_gradient(model, prompt, supports, queries, alpha)
+    first, first_loss = meta_gradient(model, prompt, supports, queries, alpha, first_order=True)
+    expected = torch.zeros_like(prompt)
+    for support, query in zip(supports, queries):  # the query loss's gradient at P'_i, as if P'_i were P
+        adapted = adapt(model, prompt, support, alpha).detach().requires_grad_()
+        expected += torch.autograd.grad(model.loss(adapted, query), adapted)[0]
+    assert relative_error(first, expected) < 1e-10
+    torch.testing.assert_close(loss, first_loss)
+    assert relative_error(first, exact) > 1e-3
+
+
+class Quadratic:
+    """Stands in for the model: L(P) = ½ (p - c)ᵀ A (p - c), with A and c chosen by an example's label."""
+
+    class tokenizer:
+        pad_token_id = 0
+
+    def __init__(self, kinds, size):
+        generator = torch.Generator().manual_seed(0)
+        roots = torch.randn(kinds, size, size, generator=generator, dtype=torch.float64)
+        self.A, self.c = roots @ roots.mT, torch.randn(kinds, size, generator=generator, dtype=torch.float64)
+
+    def loss(self, prompts, batch, reduction):
+        away = prompts.flatten(1) - self.c[batch["labels"]]
+        return 0.5 * torch.einsum("bi,bij,bj->b", away, self.A[batch["labels"]], away)
+
+    def gradient(self, p, labels):
+        return torch.stack([self.A[k] @ (p - self.c[k]) for k in labels]).mean(0)
+
+
+def test_meta_gradient_of_a_quadratic():
+    model, alpha = Quadratic(kinds=5, size=6), 0.3
+
+    def batch(*labels):
+        ids = torch.zeros(len(labels), 1, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": ids + 1, "labels": torch.tensor(labels)}
+
+    prompt = torch.randn(2, 3, dtype=torch.float64)
+    supports, queries = [batch(0, 1, 2), batch(3)], [batch(4), batch(1, 0)]
+    expected, p = torch.zeros(6, dtype=torch.float64), prompt.flatten()
+    for support, query in zip(supports, queries):
+        adapted = p - alpha * model.gradient(p, support["labels"])
+        torch.testing.assert_close(adapt(model, prompt, support, alpha).flatten(), adapted)
+        hessian = model.A[support["labels"]].mean(0)
+        expected += (torch.eye(6) - alpha * hessian) @ model.gradient(adapted, query["labels"])
+    gradient, _ = meta_gradient(model, prompt, supports, queries, alpha)
+    torch.testing.assert_close(gradient.flatten(), expected)
+
+
+def test_stacked_adapt_equals_the_loop_and_moves_no_input(meta):
+    model, prompt, supports, _, alpha = meta
+    before = prompt.clone()
+    stacked = adapt(model, prompt.repeat(len(supports), 1, 1), supports, alpha)
+    for i, support in enumerate(supports):
+        torch.testing.assert_close(stacked[i], adapt(model, prompt, support, alpha))
+    assert torch.equal(prompt, before) and not prompt.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------- prompts as files
+
+
+def test_prompt_round_trip_in_pefts_layout(tmp_path, tokenizer):
+    t5 = make_t5(tokenizer)
+    prompt = torch.randn(4, 16)
+    save_prompt(tmp_path / "prompt", prompt, t5, method="maml", step=7)
+    loaded, facts = load_prompt(tmp_path / "prompt", width=16)
+    assert torch.equal(loaded, prompt) and facts["step"] == 7
+    assert sorted(p.name for p in (tmp_path / "prompt").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "metapt.json"]
+    with pytest.raises(InputError, match="width 16"):
+        load_prompt(tmp_path / "prompt", width=32)
+    weights = tmp_path / "prompt" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(InputError, match="not a prompt"):
+        load_prompt(tmp_path / "prompt")
+    with pytest.raises(InputError, match="not a prompt"):
+        load_prompt(tmp_path / "nothing")
+
+
+def test_peft_reads_our_prompt_with_the_same_logits(tmp_path, tokenizer):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = PromptedT5(make_t5(tokenizer), tokenizer, SENTIMENT)
+    prompt, batch = model.init_prompt(5), model.encode(make_examples(3))
+    save_prompt(tmp_path / "prompt", prompt, model.t5)
+    theirs = peft.PeftModel.from_pretrained(make_t5(tokenizer), tmp_path / "prompt").eval()
+    logits = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                    decoder_input_ids=model.decoder_ids.repeat(3, 1)).logits[:, 1]
+    torch.testing.assert_close(model(prompt, batch), logits, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_is_no_t5_is_refused(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no T5 but bert"):
+        metapt.load_t5(tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        metapt.load_t5(tmp_path / "nothing")
+
+
+# ----------------------------------------------------------------------------------------- data: splits and readers
+
+
+def test_few_shot_splits_are_disjoint_and_reproducible():
+    examples = [{"text": str(i), "label": i % 5} for i in range(200)]
+    training, validation = data.few_shot(examples, 40, seed=1)
+    again = data.few_shot(examples, 40, seed=1)
+    texts = {example["text"] for example in training + validation}
+    assert (training, validation) == again and len(texts) == 80 and len(training) == 40
+    assert data.few_shot(examples, 40, seed=2)[0] != training
+    balanced, others = data.few_shot(examples[:3] + examples[3::5] + examples[4::5] + examples[:60], 20, 1, 20, True)
+    for part in (balanced, others):
+        assert sorted(example["label"] for example in part) == sorted([0, 1, 2, 3, 4] * 4)
+    with pytest.raises(InputError, match="lower --shots"):
+        data.few_shot(examples, 101, seed=1)
+
+
+def test_read_sst(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_text("(3 (2 It) (4 (2 's) (4 (2 -LRB-) (4 (3 quite) (4 (4 good\\/great) (2 -RRB-))))))\n"
+                    "(2 (2 neutral) (2 .))\n\n(0 (1 1\xa01\\/2) (0 bad))\n", encoding="utf-8")
+    assert list(data.read_sst(path, 5)) == [("It 's ( quite good/great )", 3), ("neutral .", 2), ("1 1/2 bad", 0)]
+    assert [label for _, label in data.read_sst(path, 2)] == [1, "neutral", 0]
+    for wrong in ("(3 (2 It) (4 works)", "It works", "(7 (2 It) (2 works))"):
+        path.write_text("(2 (2 fine) (2 .))\n" + wrong + "\n", encoding="utf-8")
+        with pytest.raises(InputError, match=r"train.txt:2: not a tree"):
+            list(data.read_sst(path, 5))
+
+
+def test_read_sentihood(tmp_path):
+    def sentence(text, *sentiments):
+        return {"id": 1, "text": text, "opinions": [{"sentiment": s, "aspect": "safety", "target_entity": "LOCATION1"}
+                                                    for s in sentiments]}
+    path = tmp_path / "sentihood-train.json"
+    path.write_text("\ufeff" + json.dumps([sentence("  LOCATION1 is safe ", "Positive", "Positive"),
+                                           sentence("rough", "Negative"), sentence("both", "Positive", "Negative"),
+                                           sentence("nothing said")]), encoding="utf-8")
+    assert list(data.read_sentihood(path)) == [("LOCATION1 is safe", 1), ("rough", 0), ("both", "mixed opinions"),
+                                               ("nothing said", "no opinion")]
+    path.write_text('{"text": "no array"}', encoding="utf-8")
+    with pytest.raises(InputError, match="not the array of SentiHood"):
+        list(data.read_sentihood(path))
+
+
+SEMEVAL = """<?xml version="1.0" encoding="{encoding}" standalone="yes"?>
+<Reviews><Review rid="1"><sentences>
+<sentence id="1:0"><text>Café &amp; bar: good.</text><Opinions><Opinion polarity="positive" target="NULL"/></Opinions></sentence>
+<sentence id="1:1" OutOfScope="TRUE"><text>Ignored.</text></sentence>
+<sentence id="1:2"><text>So so.</text><Opinions><Opinion polarity="neutral"/><Opinion polarity="neutral"/></Opinions></sentence>
+<sentence id="1:3"><text>Good and bad.</text><Opinions><Opinion polarity="positive"/><Opinion polarity="negative"/></Opinions></sentence>
+<sentence id="1:4"><text>We went.</text><Opinions/></sentence>
+<sentence id="1:5"><text>Bad.</text><Opinions><Opinion polarity="negative"/></Opinions></sentence>
+</sentences></Review></Reviews>
+"""
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "ISO-8859-1"])
+def test_read_semeval(tmp_path, encoding):
+    path = tmp_path / "ABSA16_Restaurants_Train_SB1_v2.xml"
+    path.write_bytes(SEMEVAL.replace("\n", "\r\n").format(encoding=encoding).encode(encoding))
+    assert list(data.read_semeval(path)) == [
+        ("Café & bar: good.", 2), ("Ignored.", "out of scope"), ("So so.", 1), ("Good and bad.", "mixed opinions"),
+        ("We went.", "no opinion"), ("Bad.", 0)]
+
+
+def test_convert_counts_what_it_drops_and_can_make_a_test_split(tmp_path, capsys):
+    path = tmp_path / "ABSA16_Restaurants_Train_SB1_v2.xml"
+    path.write_text(SEMEVAL.format(encoding="UTF-8"), encoding="utf-8")
+    data.main(["convert", "semeval_restaurant", "--input", str(tmp_path), "--out", str(tmp_path / "task"),
+               "--test-share", "0.34"])
+    printed = capsys.readouterr().out
+    assert "kept 3 for train: 1 bad, 1 okay, 1 good" in printed
+    assert "1 (out of scope), 1 (mixed opinions), 1 (no opinion)" in printed
+    task = Task.load(tmp_path / "task")
+    train, test = (list(data.read_examples(tmp_path / "task" / f"{s}.jsonl", task)) for s in ("train", "test"))
+    assert len(train) == 2 and len(test) == 1 and not any(example in train for example in test)
+
+
+@pytest.mark.parametrize("line, problem", [
+    ("{", "not a JSON object"), ("[]", "not a JSON object"), ('{"label": 1}', "needs 'text'"),
+    ('{"text": " ", "label": 1}', "needs 'text'"), ('{"text": "x", "label": 5}', "label 5 is not one of 0 to 4"),
+    ('{"text": "x", "label": "1"}', "label '1'"), ('{"text": "x", "label": true}', "label True"),
+    ('{"text": "x"}', "label None")])
+def test_bad_examples_are_named_by_file_and_line(tmp_path, line, problem):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "fine", "label": 2}\n\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=f"train.jsonl:3: .*{problem}"):
+        list(data.read_examples(path, SENTIMENT))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.xz"])
+def test_examples_are_read_packed_or_not(tmp_path, suffix):
+    path = tmp_path / f"train.{suffix}"
+    opener = {"gz": data.gzip.open, "xz": data.lzma.open}.get(suffix[-2:], open)
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write('{"text": "schön", "label": 2, "more": 1}\n')
+    assert list(data.read_examples(path, SENTIMENT)) == [{"text": "schön", "label": 2, "more": 1}]
+
+
+def test_linear_schedule():
+    factors = [data.linear_schedule(step, 100) for step in range(100)]
+    assert factors[0] == 1 / 20 and factors[19] == 1 and factors[60] == 0.5 and min(factors) > 0
+    assert all(b < a for a, b in zip(factors[20:], factors[21:]))
+
+
+# --------------------------------------------------------------------------------- the scripts, on a demo hardly trained
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return data.demo(tmp_path_factory.mktemp("world") / "demo", steps=3)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def meta_train(world, out, *flags, method="maml"):
+    train_meta.main(["--config", f"{world / method}.json", "--out", str(out), "--prompt-length", "3",
+                     "--validation", "40", "--max-steps", "6", "--eval-every", "2", *flags])
+    return load_file(out / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def test_demo_holds_tasks_from_other_domains(world):
+    source = read_lines(world / "source" / "clustered.jsonl")
+    assert {example["domain"] for example in source} == set(data.SOURCE_DOMAINS)
+    assert {example["cluster"] for example in source} == {0, 1, 2, 3}
+    for domain in data.TASK_DOMAINS:
+        assert {example["domain"] for example in read_lines(world / domain / "test.jsonl")} == {domain}
+    model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT)
+    for example in source:
+        assert model.tokenizer.unk_token_id not in model.encode([example])["input_ids"]
+
+
+@pytest.mark.parametrize("method", ["random", "label"])
+def test_cluster(world, tmp_path, method, capsys):
+    out = tmp_path / "clusters" / "made.jsonl"
+    cluster.main(["--source", str(world / "source" / "examples.jsonl"), "--method", method, "--k", "7",
+                  "--out", str(out)])
+    examples = read_lines(out)
+    sizes = np.bincount([example["cluster"] for example in examples])
+    assert len(sizes) == (7 if method == "random" else 5) and sizes.max() - sizes.min() <= 1
+    if method == "label":
+        assert all(example["cluster"] == example["label"] for example in examples)
+    assert [{**e, "cluster": 0} for e in examples] == [
+        {**e, "cluster": 0} for e in read_lines(world / "source" / "examples.jsonl")]
+    assert Task.load(out.parent).words == SENTIMENT.words and capsys.readouterr().out.count("cluster ") >= 5
+
+
+def test_kmeans_finds_what_is_there_and_repeats_itself():
+    rng = np.random.default_rng(0)
+    centres, truth = 5 * rng.normal(size=(4, 8)), np.repeat(np.arange(4), 50)
+    points = (centres[truth] + rng.normal(size=(200, 8))).astype(np.float32)
+    clusters, distances = cluster.kmeans(points, 4, seed=1)
+    assert len({(a, b) for a, b in zip(truth, clusters)}) == 4
+    assert np.array_equal(clusters, cluster.kmeans(points, 4, seed=1)[0])
+    mean = points[clusters == 0].mean(0)
+    np.testing.assert_allclose(distances[clusters == 0], ((points[clusters == 0] - mean) ** 2).sum(1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["maml", "fomaml", "ppt"])
+def test_train_meta(world, tmp_path, method):
+    flags = ["--method", method] if method == "fomaml" else []
+    prompt = meta_train(world, tmp_path / "prompt", *flags, method="ppt" if method == "ppt" else "maml")
+    log = read_lines(tmp_path / "prompt" / "log.jsonl")
+    facts = json.loads((tmp_path / "prompt" / "metapt.json").read_text())
+    assert prompt.shape == (3, 64) and [line["step"] for line in log] == [0, 2, 4, 6]
+    best = max(log, key=lambda line: (line["accuracy"], -line["loss"], -line["step"]))
+    assert (facts["method"], facts["step"], facts["accuracy"]) == (method, best["step"], best["accuracy"])
+    assert torch.equal(prompt, meta_train(world, tmp_path / "again", *flags, method="ppt" if method == "ppt" else "maml"))
+
+
+def test_a_stopped_run_continues_to_the_same_prompt(world, tmp_path, monkeypatch):
+    whole = meta_train(world, tmp_path / "whole")
+    update, seen = train_meta.update, []
+
+    def interrupted(*args):
+        update(*args)
+        seen.append(args[4])
+        if len(seen) == 3:
+            os.kill(os.getpid(), train_meta.data.signal.SIGINT)
+
+    monkeypatch.setattr(train_meta, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
+        meta_train(world, tmp_path / "parts")
+    assert torch.equal(meta_train(world, tmp_path / "parts"), whole)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert (tmp_path / "parts" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+def test_support_query_and_held_out_examples_are_disjoint():
+    examples = [{"text": str(i), "label": 0, "cluster": i % 3} for i in range(90)]
+    args = argparse.Namespace(validation=30, batch_size=4, seed=1, method="maml", source="source.jsonl")
+    tasks, held_out = train_meta.split_clusters(examples, args)
+    for i, (task, held) in enumerate(zip(tasks, held_out)):
+        assert {example["cluster"] for example in task + held} == {i}
+        assert len({example["text"] for example in task + held}) == 30 and (len(task), len(held)) == (20, 10)
+    draws = set()
+    for step in range(50):
+        supports, queries = train_meta.draw_tasks(tasks, 4, 1, step)
+        for task, support, query in zip(tasks, supports, queries):
+            assert len({example["text"] for example in support + query}) == 8 and all(e in task for e in support + query)
+        draws.add(supports[0][0]["text"])
+    assert len(draws) > 10 and train_meta.draw_tasks(tasks, 4, 1, 7) == train_meta.draw_tasks(tasks, 4, 1, 7)
+    with pytest.raises(InputError, match="cluster 0 has 30 examples"):
+        train_meta.split_clusters(examples, argparse.Namespace(**{**vars(args), "validation": 75}))
+
+
+def test_every_weight_of_the_t5_stays_as_it_was(tokenizer):
+    t5 = make_t5(tokenizer)
+    before = copy.deepcopy(t5.state_dict())
+    model = PromptedT5(t5, tokenizer, SENTIMENT)
+    args = argparse.Namespace(method="maml", alpha=0.1, batch_size=2, learning_rate=0.1, seed=1, tasks_per_pass=None)
+    prompt = torch.nn.Parameter(model.init_prompt(3))
+    start, optimizer = prompt.detach().clone(), torch.optim.AdamW([prompt], lr=0.1)
+    for step in range(2):
+        train_meta.update(model, prompt, optimizer, [make_examples(20), make_examples(20, 1)], step, args)
+    args = argparse.Namespace(method="pt", learning_rate=0.1, weight_decay=0.0, batch_size=4, accumulate=1,
+                              max_epochs=2, max_steps=None, patience=5)
+    tuned, _ = finetune.tune(model, prompt.detach(), make_examples(8), make_examples(8, 1), args, 1)
+    assert not torch.equal(start, prompt) and not torch.equal(prompt, tuned)
+    assert all(torch.equal(value, before[name]) for name, value in t5.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in t5.parameters()) and not t5.training
+
+
+def test_accumulated_passes_give_the_same_prompt(model):
+    tuned = []
+    for accumulate in (1, 3):
+        args = argparse.Namespace(method="pt", learning_rate=0.1, weight_decay=0.0, batch_size=8, accumulate=accumulate,
+                                  max_epochs=2, max_steps=None, patience=5)
+        tuned.append(finetune.tune(model, model.init_prompt(3).double(), make_examples(20), make_examples(8, 1), args, 1))
+    torch.testing.assert_close(tuned[0][0], tuned[1][0])
+
+
+def finetune_main(world, out, *flags, method="pt"):
+    finetune.main(["--config", f"{world / method}.json", "--out", str(out), "--max-epochs", "2", "--max-test", "50",
+                   "--shots", "8", "--prompt-length", "3", *flags])
+    return read_lines(out)
+
+
+def test_finetune_saves_and_predicts(world, tmp_path, capsys):
+    meta_train(world, tmp_path / "meta")
+    out, prompts = tmp_path / "results.jsonl", ["--prompt", "random", str(tmp_path / "meta")]
+    rows = finetune_main(world, out, *prompts, "--seeds", "1", "2", "--save", str(tmp_path / "tuned"))
+    assert len(rows) == 2 * 2 * 2 and len({(r["task"], r["prompt"], r["seed"]) for r in rows}) == 8
+    printed = capsys.readouterr().out
+    books = [100 * row["accuracy"] for row in rows if row["task"] == "books" and row["method"] == "maml"]
+    assert f"{np.mean(books):.2f} ± {abs(books[0] - books[1]) / math.sqrt(2):.2f} (2)" in printed
+    assert "8 new runs, 0 stood there already" in printed
+    assert finetune_main(world, out, *prompts, "--seeds", "1", "2", "3")[:8] == rows  # only what is new is run
+    assert "4 new runs, 8 stood there already" in capsys.readouterr().out
+
+    tuned = tmp_path / "tuned" / "books-meta-8-1"
+    (tmp_path / "new.txt").write_text("The plot was gripping .\n\nDull hero .\n", encoding="utf-8")
+    finetune.main(["--predict", str(tmp_path / "new.txt"), "--prompt", str(tuned), "--device", "cpu"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in lines] == ["The plot was gripping .", "Dull hero ."]
+    model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT, max_length=64)
+    expected = model.probabilities(load_prompt(tuned)[0], model.encode([{"text": line["text"]} for line in lines]))
+    for line, p in zip(lines, expected.tolist()):
+        assert line["word"] == SENTIMENT.words[line["label"]] == max(line["probabilities"], key=line["probabilities"].get)
+        assert list(line["probabilities"].values()) == pytest.approx(p, abs=1e-4)
+
+
+def test_full_tuning_starts_every_run_from_the_same_weights(world, tmp_path):
+    both = finetune_main(world, tmp_path / "both.jsonl", "--seeds", "1", "2", method="ft")
+    alone = finetune_main(world, tmp_path / "alone.jsonl", "--seeds", "2", method="ft")
+    both = [row for row in both if row["seed"] == 2]
+    assert [(row["task"], row["loss"]) for row in both] == [(row["task"], row["loss"]) for row in alone]
+    assert all(row["method"] == "ft" and row["prompt"] == "none" for row in alone)
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("train_meta.py", ["--source", "nothing.jsonl", "--out", "x", "--model", "{t5}"], "task.json"),
+    ("train_meta.py", ["--source", "{demo}/source/examples.jsonl", "--out", "x", "--model", "{t5}"], "no clusters"),
+    ("train_meta.py", ["--sources", "x"], "unrecognized arguments"),
+    ("train_meta.py", ["--config", "{demo}/ft.json"], "has no flag --task"),
+    ("finetune.py", ["--task", "{demo}/books", "--model", "{t5}", "--prompt", "nothing"], "nothing: not a prompt"),
+    ("finetune.py", ["--task", "{demo}/books", "--model", "{demo}"], "cannot be loaded as a T5"),
+    ("data.py", ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no file of sst5 here"),
+])
+def test_bad_input_ends_in_one_line_and_status_2(world, tmp_path, script, flags, message):
+    flags = [flag.format(demo=world, t5=world / "t5") for flag in flags]
+    done = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ the benchmark
+
+
+def with_vmap(model, prompt, supports, queries, alpha):
+    """torch.func again, all tasks at once by vmap; for batches of one size without padding."""
+    def loss(P, ids, words):
+        text = model.t5.get_input_embeddings()(ids)
+        inputs = torch.cat([P.expand(len(ids), -1, -1), text], 1)
+        answer = model.t5(inputs_embeds=inputs, decoder_input_ids=model.decoder_ids.to(ids.device).expand(len(ids), -1),
+                          use_cache=False)
+        return torch.nn.functional.cross_entropy(answer.logits[:, 1], words)
+
+    def meta_loss(P):
+        def task(support, support_words, query, query_words):
+            return loss(P - alpha * torch.func.grad(loss)(P, support, support_words), query, query_words)
+        sides = [torch.stack([batch[name] for batch in batches]) for batches in (supports, queries)
+                 for name in ("input_ids", "labels")]
+        sides[1], sides[3] = model.word_ids.to(prompt.device)[sides[1]], model.word_ids.to(prompt.device)[sides[3]]
+        return torch.func.vmap(task)(*sides).sum()
+    return torch.func.grad_and_value(meta_loss)(prompt)
+
+
+def with_higher(model, prompt, supports, queries, alpha):
+    """The `higher` library's differentiable optimizer."""
+    import higher
+    module = torch.nn.ParameterList([torch.nn.Parameter(prompt.clone())])
+    optimizer, total = torch.optim.SGD(module.parameters(), alpha), 0
+    for support, query in zip(supports, queries):
+        with higher.innerloop_ctx(module, optimizer, copy_initial_weights=False) as (adapted, differentiable):
+            differentiable.step(model.loss(adapted[0], support))
+            total = total + model.loss(adapted[0], query)
+    return torch.autograd.grad(total, module[0])[0], total.detach()
+
+
+def with_learn2learn(model, prompt, supports, queries, alpha):
+    """The learn2learn library's MAML."""
+    import learn2learn
+    module = torch.nn.ParameterList([torch.nn.Parameter(prompt.clone())])
+    maml, total = learn2learn.algorithms.MAML(module, alpha), 0
+    for support, query in zip(supports, queries):
+        learner = maml.clone()
+        learner.adapt(model.loss(learner.module[0], support))
+        total = total + model.loss(learner.module[0], query)
+    return torch.autograd.grad(total, module[0])[0], total.detach()
+
+
+class PeakMemory:
+    """Peak memory in use within `with`, in GiB above what was in use before: the GPU's, or the process's by sampling."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def resident(self):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def sample(self):
+        while not self.ended.wait(0.002):
+            self.peak = max(self.peak, self.resident())
+
+    def __enter__(self):
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # hands back what earlier calls freed, where libc is GNU's
+            self.start = self.peak = self.resident()
+            self.ended = threading.Event()
+            self.thread = threading.Thread(target=self.sample)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        if self.device == "cuda":
+            self.peak = torch.cuda.max_memory_allocated()
+        else:
+            self.ended.set()
+            self.thread.join()
+        self.gib = (self.peak - self.start) / 2**30
+
+
+def measure(contestants, rounds, device):
+    """Median seconds and peak memory of each function, run in alternation after one round of warm-up."""
+    seconds, memory = {name: [] for name in contestants}, {name: 0.0 for name in contestants}
+    for turn in range(rounds + 1):
+        for name, function in contestants.items():
+            with PeakMemory(device) as used:
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+                function()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            memory[name] = max(memory[name], used.gib)
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}, memory
+
+
+def main(argv=None):
+    parser = data.Parser(__doc__)
+    parser.add("--shape", "of the T5, with random weights", "tiny", choices=list(SHAPES))
+    parser.add("--tasks", "meta-tasks of a step", 10, type=int)
+    parser.add("--m", "support examples of a task, and query examples", 4, type=int)
+    parser.add("--length", "tokens of an example", 40, type=int)
+    parser.add("--prompt-length", "vectors of the prompt", 100, type=int)
+    parser.add("--rounds", "timed rounds; the median is reported", 5, type=int)
+    parser.add("--tasks-per-pass", "of our step", [1, 2, 10], type=int, nargs="+")
+    parser.add("--dtype", "of weights and prompt", "float32", choices=["float32", "bfloat16", "float64"])
+    parser.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
+    parser.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
+    args = parser.parse(argv)
+
+    tokenizer, dtype = make_tokenizer(), getattr(torch, args.dtype)
+    model = PromptedT5(make_t5(tokenizer, args.shape).to(args.device, dtype), tokenizer, SENTIMENT)
+    prompt = model.init_prompt(args.prompt_length).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(size):
+        ids = torch.randint(3, len(tokenizer) - 20, (size, args.length), generator=generator)
+        return {"input_ids": ids.to(args.device), "attention_mask": torch.ones_like(ids).to(args.device),
+                "labels": torch.randint(5, (size,), generator=generator).to(args.device)}
+
+    supports, queries = ([batch(args.m) for _ in range(args.tasks)] for _ in range(2))
+    model.word_ids = model.word_ids.to(args.device)
+    step = [model, prompt, supports, queries, 0.08]
+    contestants = {f"ours, {n} tasks a pass": lambda n=n: meta_gradient(*step, tasks_per_pass=n)
+                   for n in args.tasks_per_pass}
+    contestants |= {"textbook loop": lambda: textbook_loop(*step), "torch.func, loop": lambda: functional(*step),
+                    "torch.func, vmap": lambda: with_vmap(*step), "higher": lambda: with_higher(*step),
+                    "learn2learn": lambda: with_learn2learn(*step)}
+    model.t5.set_attn_implementation("eager")  # which the others need for a second derivative
+    reference = contestants["textbook loop"]()[0]
+    for name in list(contestants):
+        try:
+            error = relative_error(contestants[name]()[0], reference)
+            print(f"{name:24} differs from the textbook loop by {error:.1e}", flush=True)
+        except ImportError as missing:
+            print(f"{name:24} not measured: {missing}")
+            del contestants[name]
+
+    def forward():
+        with torch.no_grad():
+            for support in supports:
+                model(prompt, support)
+
+    seconds, memory = measure({"forward pass F": forward, **contestants}, args.rounds, args.device)
+    fastest = min(seconds[name] for name in seconds if name.startswith("ours"))
+    print(f"\nT5 {args.shape}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads: {args.tasks} tasks, "
+          f"{args.m} + {args.m} examples of {args.length} tokens, {args.prompt_length} prompt vectors\n"
+          f"{'':24}{'seconds':>10}{'in F':>8}{'of our best':>13}{'peak GiB':>10}")
+    for name in seconds:
+        print(f"{name:24}{seconds[name]:10.3f}{seconds[name] / seconds['forward pass F']:8.2f}"
+              f"{seconds[name] / fastest:13.2f}{memory[name]:10.2f}")
+
+
+if __name__ == "__main__":
+    data.run(main)
