@@ -364,7 +364,8 @@ def demo_arguments(out):
     tune = {**common, "task": [str(out / domain) for domain in TASK_DOMAINS], "out": str(out / "results.jsonl")}
     return {
         "cluster": {"source": str(out / "source" / "examples.jsonl"), "out": clustered, "encoder": t5, "k": 4},
-        "maml": {**meta, "method": "maml", "out": str(out / "maml"), "max_steps": 1000, "eval_every": 50},
+        "maml": {**meta, "method": "maml", "out": str(out / "maml"), "max_steps": 1000, "eval_every": 50,
+                 "tasks_per_pass": 4},
         "ppt": {**meta, "method": "ppt", "out": str(out / "ppt"), "max_steps": 4000, "eval_every": 200},
         "pt": {**tune, "method": "pt", "prompt": ["random", str(out / "ppt"), str(out / "maml")]},
         "ft": {**tune, "method": "ft", "learning_rate": 0.001},

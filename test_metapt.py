@@ -687,55 +687,44 @@ def with_learn2learn(model, prompt, supports, queries, alpha):
     return torch.autograd.grad(total, module[0])[0], total.detach()
 
 
-class PeakMemory:
-    """Peak memory in use within `with`, in GiB above what was in use before: the GPU's, or the process's by sampling."""
+def peak_memory(function, device):
+    """Runs a function; the most memory that it had in use at once, in GiB above what was in use before: the GPU's, or
+    the process's by sampling."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - start) / 2**30
 
-    def __init__(self, device):
-        self.device = device
-
-    def resident(self):
+    def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def sample(self):
-        while not self.ended.wait(0.002):
-            self.peak = max(self.peak, self.resident())
+    def sample():
+        while not ended.wait(0.002):
+            peaks.append(resident())
 
-    def __enter__(self):
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # hands back what earlier calls freed, where libc is GNU's
-            self.start = self.peak = self.resident()
-            self.ended = threading.Event()
-            self.thread = threading.Thread(target=self.sample)
-            self.thread.start()
-        return self
-
-    def __exit__(self, *error):
-        if self.device == "cuda":
-            self.peak = torch.cuda.max_memory_allocated()
-        else:
-            self.ended.set()
-            self.thread.join()
-        self.gib = (self.peak - self.start) / 2**30
+    ctypes.CDLL(None).malloc_trim(0)  # hands back what earlier calls have freed
+    ended, peaks = threading.Event(), [resident()]
+    thread = threading.Thread(target=sample)
+    thread.start()
+    function()
+    ended.set()
+    thread.join()
+    return (max(peaks) - peaks[0]) / 2**30
 
 
 def measure(contestants, rounds, device):
-    """Median seconds and peak memory of each function, run in alternation after one round of warm-up."""
-    seconds, memory = {name: [] for name in contestants}, {name: 0.0 for name in contestants}
-    for turn in range(rounds + 1):
+    """Median seconds and peak memory of each function. The memory is measured first, which warms up; then the rounds
+    are timed in alternation."""
+    memory = {name: peak_memory(function, device) for name, function in contestants.items()}
+    seconds = {name: [] for name in contestants}
+    for _ in range(rounds):
         for name, function in contestants.items():
-            with PeakMemory(device) as used:
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                began = time.perf_counter()
-                function()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-            memory[name] = max(memory[name], used.gib)
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}, memory
 
 
