@@ -430,11 +430,18 @@ class Parser(argparse.ArgumentParser):
             self.set_defaults(**defaults)
         args = self.parse_args(argv)
         if "threads" in args:
-            torch.set_num_threads(args.threads or free_cores())
+            torch.set_num_threads(args.threads or max(1, free_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        if getattr(args, "device", None) == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return args
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def rank_and_world():
+    """This process's number and how many processes torchrun started; 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def fill(args, settings):
