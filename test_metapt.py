@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 import cluster
 import data
@@ -77,6 +77,15 @@ def model(request, exact, tokenizer):
     return PromptedT5(t5, tokenizer, SENTIMENT, max_length=32)
 
 
+def plain(model):
+    """A copy of the model with the T5 as transformers has it: cross-attention included, and no fused attention."""
+    model = copy.deepcopy(model)
+    for block in model.t5.decoder.block:
+        block.layer[1].EncDecAttention.__class__ = T5Attention
+    model.t5.set_attn_implementation("eager")
+    return model
+
+
 def make_examples(count, seed=0, domain="films"):
     return data.write_reviews(domain, count, random.Random(seed))
 
@@ -99,16 +108,16 @@ def test_prompt_of_embedding_rows_is_text_in_front(model):
     examples = make_examples(3)
     batch = model.encode(examples)
     ids = torch.tensor([[5, 9, 4]])
-    prompt = model.t5.get_input_embeddings()(ids)[0].detach()
+    prompt, t5 = model.t5.get_input_embeddings()(ids)[0].detach(), plain(model).t5
     for row, example in enumerate(examples):
         text = torch.cat([ids[0], model.encode([example])["input_ids"][0]])[None]
-        expected = model.t5(input_ids=text, decoder_input_ids=model.decoder_ids).logits[0, 1]
+        expected = t5(input_ids=text, decoder_input_ids=model.decoder_ids).logits[0, 1]
         torch.testing.assert_close(model(prompt, batch)[row], expected)
 
 
 def test_no_prompt_is_the_t5_itself(model):
     batch = model.encode(make_examples(1))
-    expected = model.t5(input_ids=batch["input_ids"], decoder_input_ids=model.decoder_ids).logits[:, 1]
+    expected = plain(model).t5(input_ids=batch["input_ids"], decoder_input_ids=model.decoder_ids).logits[:, 1]
     torch.testing.assert_close(model(model.init_prompt(0), batch), expected)
 
 
@@ -237,8 +246,7 @@ def test_meta_gradient_against_finite_differences(meta):
 def test_meta_gradient_against_the_textbook_loop(meta, tasks_per_pass):
     model, prompt, supports, queries, alpha = meta
     gradient, loss = meta_gradient(model, prompt, supports, queries, alpha, tasks_per_pass=tasks_per_pass)
-    model.t5.set_attn_implementation("eager")
-    expected, expected_loss = textbook_loop(model, prompt, supports, queries, alpha)
+    expected, expected_loss = textbook_loop(plain(model), prompt, supports, queries, alpha)
     assert relative_error(gradient, expected) < 1e-10
     torch.testing.assert_close(loss, expected_loss)
 
@@ -246,8 +254,7 @@ def test_meta_gradient_against_the_textbook_loop(meta, tasks_per_pass):
 def test_meta_gradient_against_torch_func(meta):
     model, prompt, supports, queries, alpha = meta
     gradient, loss = meta_gradient(model, prompt, supports, queries, alpha)
-    model.t5.set_attn_implementation("eager")
-    expected, expected_loss = functional(model, prompt, supports, queries, alpha)
+    expected, expected_loss = functional(plain(model), prompt, supports, queries, alpha)
     assert relative_error(gradient, expected) < 1e-10
     torch.testing.assert_close(loss, expected_loss)
 
@@ -658,8 +665,8 @@ def with_vmap(model, prompt, supports, queries, alpha):
             return loss(P - alpha * torch.func.grad(loss)(P, support, support_words), query, query_words)
         sides = [torch.stack([batch[name] for batch in batches]) for batches in (supports, queries)
                  for name in ("input_ids", "labels")]
-        sides[1], sides[3] = model.word_ids.to(prompt.device)[sides[1]], model.word_ids.to(prompt.device)[sides[3]]
-        return torch.func.vmap(task)(*sides).sum()
+        sides[1], sides[3] = model.word_ids[sides[1]], model.word_ids[sides[3]]
+        return torch.func.vmap(task)(*[side.to(prompt.device) for side in sides]).sum()
     return torch.func.grad_and_value(meta_loss)(prompt)
 
 
@@ -734,6 +741,7 @@ def main(argv=None):
     parser.add("--tasks", "meta-tasks of a step", 10, type=int)
     parser.add("--m", "support examples of a task, and query examples", 4, type=int)
     parser.add("--length", "tokens of an example", 40, type=int)
+    parser.add("--ragged", "draws the lengths evenly from 5 to twice --length", False, action="store_true")
     parser.add("--prompt-length", "vectors of the prompt", 100, type=int)
     parser.add("--rounds", "timed rounds; the median is reported", 5, type=int)
     parser.add("--tasks-per-pass", "of our step", [1, 2, 10], type=int, nargs="+")
@@ -748,19 +756,22 @@ def main(argv=None):
     generator = torch.Generator().manual_seed(0)
 
     def batch(size):
-        ids = torch.randint(3, len(tokenizer) - 20, (size, args.length), generator=generator)
-        return {"input_ids": ids.to(args.device), "attention_mask": torch.ones_like(ids).to(args.device),
-                "labels": torch.randint(5, (size,), generator=generator).to(args.device)}
+        lengths = torch.randint(5, 2 * args.length - 4, (size,), generator=generator)
+        lengths = lengths.tolist() if args.ragged else [args.length] * size
+        rows = [torch.randint(3, len(tokenizer) - 20, (length,), generator=generator) for length in lengths]
+        return {**metapt.pad([(ids, torch.ones_like(ids)) for ids in rows], 0),
+                "labels": torch.randint(5, (size,), generator=generator)}
 
     supports, queries = ([batch(args.m) for _ in range(args.tasks)] for _ in range(2))
-    model.word_ids = model.word_ids.to(args.device)
-    step = [model, prompt, supports, queries, 0.08]
-    contestants = {f"ours, {n} tasks a pass": lambda n=n: meta_gradient(*step, tasks_per_pass=n)
+    rest = [prompt, supports, queries, 0.08]
+    step = [plain(model), *rest]
+    contestants = {f"ours, {n} tasks a pass": lambda n=n: meta_gradient(model, *rest, tasks_per_pass=n)
                    for n in args.tasks_per_pass}
     contestants |= {"textbook loop": lambda: textbook_loop(*step), "torch.func, loop": lambda: functional(*step),
                     "torch.func, vmap": lambda: with_vmap(*step), "higher": lambda: with_higher(*step),
                     "learn2learn": lambda: with_learn2learn(*step)}
-    model.t5.set_attn_implementation("eager")  # which the others need for a second derivative
+    if args.ragged:
+        del contestants["torch.func, vmap"]
     reference = contestants["textbook loop"]()[0]
     for name in list(contestants):
         try:
@@ -773,7 +784,7 @@ def main(argv=None):
     def forward():
         with torch.no_grad():
             for support in supports:
-                model(prompt, support)
+                step[0](prompt, support)
 
     seconds, memory = measure({"forward pass F": forward, **contestants}, args.rounds, args.device)
     fastest = min(seconds[name] for name in seconds if name.startswith("ours"))
