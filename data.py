@@ -13,9 +13,11 @@ validation.jsonl. A line is an example, {"text": "...", "label": 0}, the label a
 import argparse
 import collections
 import gzip
+import hashlib
 import json
 import lzma
 import os
+import platform
 import random
 import re
 import signal
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -412,6 +415,8 @@ class Parser(argparse.ArgumentParser):
         """The flags of the scripts that train a prompt."""
         self.add("--prompt-length", "vectors of a prompt that starts at random", 100, type=int)
         self.add("--max-length", "tokens of H(x) at most; longer texts are cut", 256, type=int)
+        self.add("--dtype", "of the T5's weights; the prompt is float32 always", "float32",
+                 choices=["float32", "bfloat16", "float64"])
         self.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
         self.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
         self.add("--weight-decay", "of AdamW; the paper names none", 0.0, type=float)
@@ -453,6 +458,31 @@ def fill(args, settings):
 def save_arguments(path, args):
     """Writes the arguments that a script ran with as JSON: a file for --config."""
     write_json(path, {name: value for name, value in vars(args).items() if name not in ("config", "restart")})
+
+
+def check_arguments(path, args):
+    """Raises InputError where the run that wrote its arguments at `path`, and would be continued, had others."""
+    if not path.exists() or args.restart:
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"--{name.replace('_', '-')} {before.get(name)}, not {value}" for name, value in vars(args).items()
+                   if name not in ("config", "restart", "device", "threads", "tasks_per_pass", "search")
+                   and before.get(name) != value]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not the arguments of a run: {error}; --restart begins anew")
+    if changed:
+        raise InputError(f"{path}: this run began with {', '.join(changed)}; give it again, another --out or --restart")
+
+
+def provenance(device, *files):
+    """What a result can be traced by: versions, device, git commit (None where there is none) and the files' digests."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.machine() + " CPU"
+    return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__},
+            "device": name, "commit": git.stdout.strip() or None,
+            "digests": {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files}}
 
 
 class StopSignal:

@@ -44,7 +44,7 @@ def run_all(args):
     out = Path(args.out)
     results = read_results(out) if out.exists() and not args.restart else []
     settings = {name: getattr(args, name) for name in RESULT_ARGUMENTS}
-    t5, tokenizer = load_t5(args.model, args.device)
+    t5, tokenizer = load_t5(args.model, args.device, args.dtype)
     weights = {name: weight.clone() for name, weight in t5.state_dict().items()} if args.method == "ft" else {}
     tasks = [load_task(folder, t5, tokenizer, args) for folder in args.task]
     prompts = ["none"] if args.method == "ft" else args.prompt

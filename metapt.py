@@ -310,14 +310,14 @@ def at_least_float32(logits):
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def load_t5(name, device="cpu"):
+def load_t5(name, device="cpu", dtype="float32"):
     """A T5, T5 v1.1, flan-t5 or LM-adapted T5 by hub name or folder, and its tokenizer. Reads safetensors only and
     runs no code that comes with a model. Raises InputError."""
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != "t5":
             raise ValueError(f"it is no T5 but {kind}; choose one, as google-t5/t5-base")
-        t5 = T5ForConditionalGeneration.from_pretrained(name, use_safetensors=True)
+        t5 = T5ForConditionalGeneration.from_pretrained(name, use_safetensors=True, dtype=getattr(torch, dtype))
         return t5.to(device), AutoTokenizer.from_pretrained(name)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{name}: cannot be loaded as a T5: {str(error).strip().splitlines()[0]}")

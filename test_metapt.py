@@ -519,9 +519,9 @@ def test_kmeans_finds_what_is_there_and_repeats_itself():
     np.testing.assert_allclose(distances[clusters == 0], ((points[clusters == 0] - mean) ** 2).sum(1), rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["maml", "fomaml", "ppt"])
+@pytest.mark.parametrize("method", ["maml", "fomaml", "reptile", "ppt"])
 def test_train_meta(world, tmp_path, method):
-    flags = ["--method", method] if method == "fomaml" else []
+    flags = ["--method", method] if method in ("fomaml", "reptile") else []
     prompt = meta_train(world, tmp_path / "prompt", *flags, method="ppt" if method == "ppt" else "maml")
     log = read_lines(tmp_path / "prompt" / "log.jsonl")
     facts = json.loads((tmp_path / "prompt" / "metapt.json").read_text())
@@ -536,10 +536,10 @@ def test_a_stopped_run_continues_to_the_same_prompt(world, tmp_path, monkeypatch
     update, seen = train_meta.update, []
 
     def interrupted(*args):
-        update(*args)
-        seen.append(args[4])
+        seen.append(args[5])
         if len(seen) == 3:
             os.kill(os.getpid(), train_meta.data.signal.SIGINT)
+        return update(*args)
 
     monkeypatch.setattr(train_meta, "update", interrupted)
     with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
@@ -549,20 +549,31 @@ def test_a_stopped_run_continues_to_the_same_prompt(world, tmp_path, monkeypatch
     assert (tmp_path / "parts" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
 
 
-def test_support_query_and_held_out_examples_are_disjoint():
+def test_support_query_and_held_out_examples_are_disjoint(tokenizer, monkeypatch):
     examples = [{"text": str(i), "label": 0, "cluster": i % 3} for i in range(90)]
     args = argparse.Namespace(validation=30, batch_size=4, seed=1, method="maml", source="source.jsonl")
     tasks, held_out = train_meta.split_clusters(examples, args)
     for i, (task, held) in enumerate(zip(tasks, held_out)):
         assert {example["cluster"] for example in task + held} == {i}
         assert len({example["text"] for example in task + held}) == 30 and (len(task), len(held)) == (20, 10)
+
+    class Model:
+        encode = staticmethod(lambda examples: examples)
+
     draws = set()
     for step in range(50):
-        supports, queries = train_meta.draw_tasks(tasks, 4, 1, step)
+        supports, queries = train_meta.draw(Model, tasks, step, args)
         for task, support, query in zip(tasks, supports, queries):
             assert len({example["text"] for example in support + query}) == 8 and all(e in task for e in support + query)
         draws.add(supports[0][0]["text"])
-    assert len(draws) > 10 and train_meta.draw_tasks(tasks, 4, 1, 7) == train_meta.draw_tasks(tasks, 4, 1, 7)
+        monkeypatch.setenv("WORLD_SIZE", "2")  # the processes of torchrun share the meta-tasks
+        shares = []
+        for rank in "01":
+            monkeypatch.setenv("RANK", rank)
+            shares.append(train_meta.draw(Model, tasks, step, args)[0])
+        assert shares == [supports[::2], supports[1::2]]
+        monkeypatch.undo()
+    assert len(draws) > 10 and train_meta.draw(Model, tasks, 7, args) == train_meta.draw(Model, tasks, 7, args)
     with pytest.raises(InputError, match="cluster 0 has 30 examples"):
         train_meta.split_clusters(examples, argparse.Namespace(**{**vars(args), "validation": 75}))
 
@@ -574,8 +585,10 @@ def test_every_weight_of_the_t5_stays_as_it_was(tokenizer):
     args = argparse.Namespace(method="maml", alpha=0.1, batch_size=2, learning_rate=0.1, seed=1, tasks_per_pass=None)
     prompt = torch.nn.Parameter(model.init_prompt(3))
     start, optimizer = prompt.detach().clone(), torch.optim.AdamW([prompt], lr=0.1)
+    tasks = [make_examples(20), make_examples(20, 1)]
+    drawn = train_meta.draw(model, tasks, 0, args)
     for step in range(2):
-        train_meta.update(model, prompt, optimizer, [make_examples(20), make_examples(20, 1)], step, args)
+        stopping, drawn = train_meta.update(model, prompt, optimizer, tasks, drawn, step, False, args)
     args = argparse.Namespace(method="pt", learning_rate=0.1, weight_decay=0.0, batch_size=4, accumulate=1,
                               max_epochs=2, max_steps=None, patience=5)
     tuned, _ = finetune.tune(model, prompt.detach(), make_examples(8), make_examples(8, 1), args, 1)
