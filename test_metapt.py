@@ -259,6 +259,20 @@ def test_meta_gradient_against_torch_func(meta):
     torch.testing.assert_close(loss, expected_loss)
 
 
+@pytest.mark.parametrize("size", [1, 1000])
+def test_meta_gradient_in_passes_of_one_length(meta, monkeypatch, size):
+    model, prompt, supports, queries, alpha = meta
+    expected, expected_loss = textbook_loop(plain(model), prompt, supports, queries, alpha)
+    monkeypatch.setattr(metapt, "PASS_SIZE", {"cpu": size})
+    seen = []
+    loss = model.loss
+    monkeypatch.setattr(model, "loss", lambda P, batch, **kw: seen.append(batch["attention_mask"]) or loss(P, batch, **kw))
+    gradient, loss = meta_gradient(model, prompt, supports, queries, alpha)
+    assert relative_error(gradient, expected) < 1e-10
+    torch.testing.assert_close(loss, expected_loss)
+    assert len(seen) > 2 and all(mask.all() for mask in seen) == (size == 1)
+
+
 def test_first_order_drops_the_hessian_and_nothing_else(meta):
     model, prompt, supports, queries, alpha = meta
     exact, loss = meta_gradient(model, prompt, supports, queries, alpha)
@@ -547,6 +561,100 @@ def test_a_stopped_run_continues_to_the_same_prompt(world, tmp_path, monkeypatch
     assert torch.equal(meta_train(world, tmp_path / "parts"), whole)
     assert seen == [0, 1, 2, 3, 4, 5]
     assert (tmp_path / "parts" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+def test_a_killed_run_continues_to_the_same_bytes(world, tmp_path):
+    """SIGKILL at random moments, three times in one run."""
+    flags = ["--prompt-length", "3", "--validation", "40", "--max-steps", "60", "--eval-every", "2", "--patience", "99"]
+    command = [sys.executable, Path(train_meta.__file__), "--config", world / "maml.json", *flags, "--out"]
+    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True)
+    rng, log = random.Random(0), tmp_path / "parts" / "log.jsonl"
+    for kill in range(3):
+        run = subprocess.Popen([*command, tmp_path / "parts"], stdout=subprocess.DEVNULL)
+        before, began = len(read_lines(log)) if log.exists() else 0, time.time()
+        while run.poll() is None and (not log.exists() or len(read_lines(log)) <= before) and time.time() - began < 60:
+            time.sleep(0.01)
+        time.sleep(rng.random() / 10)
+        run.kill()
+        assert run.wait() == -9, "the run ended before it was killed: give it more steps"
+    subprocess.run([*command, tmp_path / "parts"], check=True, capture_output=True)
+    for name in ("adapter_model.safetensors", "log.jsonl"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not [path for path in (tmp_path / "whole").iterdir() if path.name.startswith(".")]
+
+
+def test_a_broken_checkpoint_is_seen_and_the_one_before_it_used(world, tmp_path, capsys):
+    whole = meta_train(world, tmp_path / "run")
+    path, previous = (tmp_path / "run" / f"checkpoint{name}.safetensors" for name in ("", ".previous"))
+    good = path.read_bytes()
+    middle = bytes(byte ^ 1 for byte in good[-40:-30])
+    for broken in (good[:-5], good[:100], b"", good[:-40] + middle + good[-30:]):
+        path.write_bytes(broken)
+        assert torch.equal(meta_train(world, tmp_path / "run"), whole)
+        printed = capsys.readouterr().out
+        assert f"{path} is broken" in printed and "the one before it is used" in printed and "from step" in printed
+    path.write_bytes(good[:-5])
+    previous.write_bytes(good[:50])
+    with pytest.raises(InputError, match="no whole checkpoint; --restart"):
+        meta_train(world, tmp_path / "run")
+    assert torch.equal(meta_train(world, tmp_path / "run", "--restart"), whole)
+
+
+def test_a_run_goes_on_with_its_own_arguments_only(world, tmp_path):
+    meta_train(world, tmp_path / "run")
+    with pytest.raises(InputError, match="began with --alpha 0.08, not 0.3"):
+        meta_train(world, tmp_path / "run", "--alpha", "0.3")
+    meta_train(world, tmp_path / "run", "--alpha", "0.3", "--restart")
+
+
+def test_a_step_that_is_not_finite_names_its_examples_and_keeps_the_best(world, tmp_path, monkeypatch):
+    def poisoned(model, prompt, supports, queries, *rest, **kwargs):
+        gradient, loss = meta_gradient(model, prompt, supports, queries, *rest, **kwargs)
+        calls.append(len(supports))
+        return gradient * math.nan if len(calls) in (4, 7) else gradient, loss  # the fourth step, and its third task
+
+    calls = []
+    monkeypatch.setattr(train_meta, "meta_gradient", poisoned)
+    with pytest.raises(InputError, match="step 3: the loss or gradient of meta-task 2 is not finite on '.*it was"):
+        meta_train(world, tmp_path / "run")
+    assert calls == [4, 4, 4, 4, 1, 1, 1] and load_prompt(tmp_path / "run")[0].isfinite().all()
+
+
+def test_torchrun_shares_a_step_and_changes_nothing(world, tmp_path):
+    flags = ["--config", world / "maml.json", "--prompt-length", "3", "--validation", "40", "--max-steps", "3",
+             "--eval-every", "3", "--out"]
+    train_meta.main([str(flag) for flag in [*flags, tmp_path / "one"]])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    Path(train_meta.__file__), *flags, tmp_path / "two"], check=True, capture_output=True)
+    one, two = (load_file(tmp_path / name / "checkpoint.safetensors")["prompt"] for name in ("one", "two"))
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+    logs = [read_lines(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    assert [line["accuracy"] for line in logs[0]] == [line["accuracy"] for line in logs[1]]
+
+
+def test_reptile_goes_where_two_steps_go(meta):
+    model, prompt, supports, queries, alpha = meta
+    args = argparse.Namespace(method="reptile", alpha=alpha)
+    gradient, _ = train_meta.gradient_of(model, prompt, supports, queries, args)
+    ends = [adapt(model, adapt(model, prompt, s, alpha).detach(), q, alpha) for s, q in zip(supports, queries)]
+    torch.testing.assert_close(prompt - alpha * gradient, prompt + sum(end - prompt for end in ends))
+
+
+def test_search_keeps_the_best_by_validation(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_meta, "SEARCH", {"alpha": [0.08], "learning_rate": [0.3, 0.001]})
+    prompt = meta_train(world, tmp_path / "run", "--search", "--tasks-per-pass", "auto")
+    runs = [load_prompt(tmp_path / "run" / f"alpha0.08-beta{beta}") for beta in (0.3, 0.001)]
+    best = max(runs, key=lambda run: run[1]["accuracy"])
+    assert torch.equal(prompt, best[0]) and load_prompt(tmp_path / "run")[1] == best[1]
+
+
+def test_source_size_and_the_facts_of_a_prompt(world, tmp_path):
+    meta_train(world, tmp_path / "run", "--source-size", "500")
+    facts = load_prompt(tmp_path / "run")[1]
+    assert (facts["source_size"], facts["clusters"], facts["clustering"]) == (500, 4, "kmeans")
+    source = world / "source" / "clustered.jsonl"
+    digest = data.hashlib.sha256(source.read_bytes()).hexdigest()
+    assert digest.startswith(facts["digests"][str(source)]) and facts["versions"]["torch"] == torch.__version__
 
 
 def test_support_query_and_held_out_examples_are_disjoint(tokenizer, monkeypatch):

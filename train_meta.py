@@ -64,7 +64,8 @@ def train(args):
             due = (step % args.eval_every == 0 or step == args.max_steps) and not (log and log[-1]["step"] == step)
             if due:
                 score = validate(model, prompt.detach(), held_out, args)
-                if not best or (score["accuracy"], -score["loss"]) > (best["accuracy"], -best["loss"]):
+                better = not best or (score["accuracy"], -score["loss"]) > (best["accuracy"], -best["loss"])
+                if better and np.isfinite(score["loss"]) or not best:
                     best = {"prompt": prompt.detach().clone(), "step": step, **score}
                 log.append({"step": step, **score, "best_step": best["step"]})
                 bar.set_postfix(accuracy=f"{score['accuracy']:.3f}", best=f"{best['accuracy']:.3f}")
@@ -271,8 +272,10 @@ def load_checkpoint(out, prompt, optimizer, args):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state} if state else {}})
             print(f"continues {out} from step {facts['step']:,}")
             return facts["step"], {"prompt": tensors["best"].to(prompt.device), **facts["best"]}, facts["log"]
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             print(f"{path} is broken: {error}" + ("; the one before it is used" if path != paths[-1] else ""))
+            if path != paths[-1]:
+                path.unlink(missing_ok=True)  # so that it never becomes the one before
     if paths:
         raise InputError(f"{out}: no whole checkpoint; --restart begins anew")
     return 0, None, []
