@@ -59,12 +59,15 @@ def tokenizer():
     return make_tokenizer()
 
 
+def layer_norm(self, x):
+    """T5's layer norm, which transformers has square in float32 even where the model is float64."""
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
 @pytest.fixture
 def exact(monkeypatch):
-    """Lets a float64 T5 compute in float64 throughout: its layer norm alone squares in float32."""
-    def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    monkeypatch.setattr(T5LayerNorm, "forward", forward)
+    """Lets a float64 T5 compute in float64 throughout."""
+    monkeypatch.setattr(T5LayerNorm, "forward", layer_norm)
 
 
 @pytest.fixture(params=["relu, tied", "gated-gelu, untied"])  # T5, and T5 v1.1
@@ -856,34 +859,31 @@ def measure(contestants, rounds, device):
     return {name: statistics.median(times) for name, times in seconds.items()}, memory
 
 
-def main(argv=None):
-    parser = data.Parser(__doc__)
-    parser.add("--shape", "of the T5, with random weights", "tiny", choices=list(SHAPES))
-    parser.add("--tasks", "meta-tasks of a step", 10, type=int)
-    parser.add("--m", "support examples of a task, and query examples", 4, type=int)
-    parser.add("--length", "tokens of an example", 40, type=int)
-    parser.add("--ragged", "draws the lengths evenly from 5 to twice --length", False, action="store_true")
-    parser.add("--prompt-length", "vectors of the prompt", 100, type=int)
-    parser.add("--rounds", "timed rounds; the median is reported", 5, type=int)
-    parser.add("--tasks-per-pass", "of our step", [1, 2, 10], type=int, nargs="+")
-    parser.add("--dtype", "of weights and prompt", "float32", choices=["float32", "bfloat16", "float64"])
-    parser.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
-    parser.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
-    args = parser.parse(argv)
+def through_peft(model, prompt):
+    """The same model and prompt by the peft library: batch -> logits at the mask."""
+    import peft
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=len(prompt), num_transformer_submodules=1)
+    theirs = peft.get_peft_model(plain(model).t5, config).eval()
+    theirs.base_model.set_attn_implementation("sdpa")
+    theirs.prompt_encoder.default.embedding.weight.data.copy_(prompt)
 
-    tokenizer, dtype = make_tokenizer(), getattr(torch, args.dtype)
-    model = PromptedT5(make_t5(tokenizer, args.shape).to(args.device, dtype), tokenizer, SENTIMENT)
-    prompt = model.init_prompt(args.prompt_length).to(dtype)
-    generator = torch.Generator().manual_seed(0)
+    def logits(batch):
+        ids, mask = (batch[name].to(prompt.device) for name in ("input_ids", "attention_mask"))
+        decoder_ids = model.decoder_ids.to(prompt.device).repeat(len(ids), 1)
+        return theirs(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits[:, 1]
+    return theirs, logits
 
-    def batch(size):
-        lengths = torch.randint(5, 2 * args.length - 4, (size,), generator=generator)
-        lengths = lengths.tolist() if args.ragged else [args.length] * size
-        rows = [torch.randint(3, len(tokenizer) - 20, (length,), generator=generator) for length in lengths]
-        return {**metapt.pad([(ids, torch.ones_like(ids)) for ids in rows], 0),
-                "labels": torch.randint(5, (size,), generator=generator)}
 
-    supports, queries = ([batch(args.m) for _ in range(args.tasks)] for _ in range(2))
+def random_batch(size, tokenizer, args, generator):
+    lengths = torch.randint(5, 2 * args.length - 4, (size,), generator=generator)
+    lengths = lengths.tolist() if args.ragged else [args.length] * size
+    rows = [torch.randint(3, len(tokenizer) - 20, (length,), generator=generator) for length in lengths]
+    return {**metapt.pad([(ids, torch.ones_like(ids)) for ids in rows], 0),
+            "labels": torch.randint(5, (size,), generator=generator)}
+
+
+def print_meta_steps(model, prompt, supports, queries, args):
+    """The same meta-gradient by us and by others: checked, then timed."""
     rest = [prompt, supports, queries, 0.08]
     step = [plain(model), *rest]
     contestants = {f"ours, {n} tasks a pass": lambda n=n: meta_gradient(model, *rest, tasks_per_pass=n)
@@ -909,12 +909,81 @@ def main(argv=None):
 
     seconds, memory = measure({"forward pass F": forward, **contestants}, args.rounds, args.device)
     fastest = min(seconds[name] for name in seconds if name.startswith("ours"))
-    print(f"\nT5 {args.shape}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads: {args.tasks} tasks, "
-          f"{args.m} + {args.m} examples of {args.length} tokens, {args.prompt_length} prompt vectors\n"
-          f"{'':24}{'seconds':>10}{'in F':>8}{'of our best':>13}{'peak GiB':>10}")
+    print(f"\n{'':24}{'seconds':>10}{'in F':>8}{'of our best':>13}{'peak GiB':>10}")
     for name in seconds:
         print(f"{name:24}{seconds[name]:10.3f}{seconds[name] / seconds['forward pass F']:8.2f}"
               f"{seconds[name] / fastest:13.2f}{memory[name]:10.2f}")
+
+
+def print_downstream(model, prompt, batch, args):
+    """A step of prompt tuning and an evaluation of the same examples, by us and through peft."""
+    try:
+        theirs, logits = through_peft(model, prompt)
+    except ImportError as missing:
+        return print(f"\npeft not measured: {missing}")
+    words = model.word_ids[batch["labels"]].to(prompt.device)
+    weight, ours = theirs.prompt_encoder.default.embedding.weight, prompt.clone().requires_grad_()
+    with torch.no_grad():
+        print(f"\nlogits through peft differ by {relative_error(logits(batch), model(prompt, batch)):.1e}")
+    contestants = {
+        "step, ours": lambda: torch.autograd.grad(model.loss(ours, batch), ours),
+        "step, peft": lambda: torch.autograd.grad(torch.nn.functional.cross_entropy(logits(batch), words), weight),
+        "evaluation, ours": lambda: model.predict(prompt, batch),
+        "evaluation, peft": torch.no_grad()(lambda: logits(batch).argmax(-1))}
+    seconds, memory = measure(contestants, args.rounds, args.device)
+    print(f"{'':24}{'examples/s':>10}{'peak GiB':>10}")
+    for name in seconds:
+        print(f"{name:24}{len(words) / seconds[name]:10.1f}{memory[name]:10.2f}")
+
+
+def print_precision(model, prompt, supports, queries):
+    """What lower precision costs: the meta-gradient's error against float64."""
+    def gradient(dtype, autocast=False):
+        copied = copy.deepcopy(model).to(dtype)
+        start = prompt.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        with torch.autocast(prompt.device.type, torch.bfloat16, enabled=autocast):
+            return meta_gradient(copied, start, supports, queries, 0.08)[0].double()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(T5LayerNorm, "forward", layer_norm)
+        exact = gradient(torch.float64)
+    print(f"\n{'against float64':24}{'error':>10}{'cosine':>10}")
+    for name, kind in {"float32": (torch.float32,), "bfloat16 weights": (torch.bfloat16,),
+                       "bfloat16 autocast": (torch.float32, True)}.items():
+        found = gradient(*kind)
+        cosine = torch.nn.functional.cosine_similarity(found.flatten(), exact.flatten(), 0)
+        print(f"{name:24}{relative_error(found, exact):10.1e}{cosine:10.6f}")
+
+
+def main(argv=None):
+    parser = data.Parser(__doc__)
+    parser.add("--shape", "of the T5, with random weights", "tiny", choices=list(SHAPES))
+    parser.add("--tasks", "meta-tasks of a step", 10, type=int)
+    parser.add("--m", "support examples of a task, and query examples", 4, type=int)
+    parser.add("--length", "tokens of an example", 40, type=int)
+    parser.add("--ragged", "draws the lengths evenly from 5 to twice --length", False, action="store_true")
+    parser.add("--prompt-length", "vectors of the prompt", 100, type=int)
+    parser.add("--rounds", "timed rounds; the median is reported", 5, type=int)
+    parser.add("--tasks-per-pass", "of our step", [1, 4, 10], type=int, nargs="+")
+    parser.add("--dtype", "of weights and prompt", "float32", choices=["float32", "bfloat16", "float64"])
+    parser.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
+    parser.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
+    parser.add("--only", "parts of the benchmark", ["step", "downstream", "precision"], nargs="+")
+    args = parser.parse(argv)
+
+    tokenizer, dtype = make_tokenizer(), getattr(torch, args.dtype)
+    model = PromptedT5(make_t5(tokenizer, args.shape).to(args.device, dtype), tokenizer, SENTIMENT)
+    prompt, generator = model.init_prompt(args.prompt_length).to(dtype), torch.Generator().manual_seed(0)
+    supports, queries = ([random_batch(args.m, tokenizer, args, generator) for _ in range(args.tasks)] for _ in "sq")
+    print(f"T5 {args.shape}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads: {args.tasks} tasks, "
+          f"{args.m} + {args.m} examples of {args.length} tokens{' on average' * args.ragged}, {args.prompt_length} "
+          "prompt vectors\n", flush=True)
+    if "step" in args.only:
+        print_meta_steps(model, prompt, supports, queries, args)
+    if "downstream" in args.only:
+        print_downstream(model, prompt, random_batch(32, tokenizer, args, generator), args)
+    if "precision" in args.only:
+        print_precision(model, prompt, supports[:2], queries[:2])
 
 
 if __name__ == "__main__":
