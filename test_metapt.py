@@ -141,7 +141,8 @@ def test_loss_predict_and_evaluate_agree_with_their_definitions(model):
     scores = model.evaluate(prompt, [metapt.select(batch, [0, 1, 2, 3]), metapt.select(batch, [4, 5, 6])])
     assert scores["accuracy"] == pytest.approx(np.mean(np.array(labels) == batch["labels"].numpy()))
     assert scores["loss"] == pytest.approx(expected.mean().item())
-    assert scores["predicted"] == np.bincount(labels, minlength=5).tolist()
+    pairs = list(zip(batch["labels"].tolist(), labels))
+    assert scores["confusion"] == [[pairs.count((true, said)) for said in range(5)] for true in range(5)]
     assert scores["in_words"] == pytest.approx(np.mean([row.argmax().item() in words for row in logits]))
 
 
