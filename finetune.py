@@ -260,9 +260,12 @@ def add_result(path, row):
 
 
 def method_name(row):
-    """The paper's name of a run's method; MetaPT(Y) is MetaPT on source data whose path names yelp."""
-    yelp = row["method"] == "maml" and "yelp" in (row.get("source") or "").lower()
-    return "MetaPT(Y)" if yelp else NAMES.get(row["method"], row["method"])
+    """The paper's name of a run's method. MetaPT is on K-means clusters, MetaPT(Y) where the source's path has yelp."""
+    name = NAMES.get(row["method"], row["method"])
+    if row["method"] != "maml":
+        return name
+    clustering = "" if row.get("clustering", "kmeans") == "kmeans" else f", {row['clustering']}"
+    return name + "(Y)" * ("yelp" in str(row.get("source")).lower()) + clustering
 
 
 def grouped(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
@@ -344,11 +347,14 @@ def report(args):
     if not results:
         raise InputError(f"{args.report}: no results here; finetune.py --out writes them")
     print_scores("Table 1", results, TABLE_1)
-    clustered = [{**row, "method": row.get("clustering")} for row in results if row["method"] == "maml"]
+    clustered = [{**row, "method": row["clustering"]} for row in results
+                 if row["method"] == "maml" and "clustering" in row]
     if len({row["method"] for row in clustered}) > 1:
         print_scores("Table 2", clustered + [row for row in results if row["method"] == "ppt"], TABLE_2)
-    methods = [method_name(row) for row in results]
-    print_comparison(results, args.against or ("MetaPT" if "MetaPT" in methods else methods[0]))
+    names = [name for key in grouped(results) for name in key[2:]]
+    if args.against and args.against not in names:
+        raise InputError(f"{args.report}: no {args.against} to compare with, only {', '.join(filter(None, set(names)))}")
+    print_comparison(results, args.against or ("MetaPT" if "MetaPT" in names else names[0]))
     if args.figure:
         draw(results, args.x, Path(args.figure))
 
@@ -359,7 +365,7 @@ def draw(results, x, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    held, lines = ["prompt"] if x == "shots" else [key for key in ("shots", *SOURCE_FACTS) if key != x], {}
+    held, lines = ["prompt"] if x == "shots" else [key for key in ("shots", *SOURCE_FACTS[1:]) if key != x], {}
     rows = [row for row in results if row.get(x)]
     for (_, at, *name), tasks in grouped(rows, x, [*held, *RESULT_ARGUMENTS]).items():
         lines.setdefault(", ".join(filter(None, name)), {})[at] = tasks
