@@ -68,15 +68,16 @@ def run_all(args):
     for _, training, _ in tasks:  # what cannot be drawn ends the sweep before it begins
         data.few_shot(training, max(args.shots), 1, args.validation_shots)
     names = [identity(describe(*run)[0]) for run in runs]
-    finished = set() if args.restart else set(map(identity, read_results(out))) & set(names)
+    finished = set() if args.restart else set(map(identity, read_results(out)))
+    mine = [run for run, name in list(zip(runs, names))[rank::world] if name not in finished]
 
-    for run, name in tqdm(list(zip(runs, names))[rank::world], "runs", disable=True if rank else None):
-        if name not in finished:
-            add_result(out, run_one(*run, weights))
+    for run in tqdm(mine, "runs", disable=True if rank else None):
+        add_result(out, run_one(*run, weights))
     results = read_results(out)
-    if set(names) <= set(map(identity, results)):  # under torchrun, once the other processes are ready as well
+    if set(names) <= set(map(identity, results)):  # under torchrun, the process that ends last
         print_scores("Accuracy", results)
-        print(f"wrote {out}: {len(names) - len(finished)} new runs, {len(finished)} stood there already"
+        print(f"wrote {out}: {len(mine)} new runs{' of this process' if world > 1 else ''}, "
+              f"{len(names) - len(mine)} stood there already"
               + (f"; the tuned prompts are in {args.save}" if args.save else ""))
 
 

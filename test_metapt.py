@@ -596,12 +596,13 @@ def finetune_main(world, out, *flags, method="pt"):
 def test_finetune_saves_and_predicts(world, tmp_path, capsys):
     meta_train(world, tmp_path / "meta")
     out, prompts = tmp_path / "results.jsonl", ["--prompt", "random", str(tmp_path / "meta")]
-    rows = finetune_main(world, out, *prompts, "--seeds", "1", "2", "--save", str(tmp_path / "tuned"))
+    rows = finetune_main(world, out, *prompts, "--seeds", "1", "2", "--confusion", "--save", str(tmp_path / "tuned"))
     assert len(rows) == 2 * 2 * 2 and len({(r["task"], r["prompt"], r["seed"]) for r in rows}) == 8
     printed = capsys.readouterr().out.replace("**", "")
     books = [100 * row["accuracy"] for row in rows if row["task"] == "books" and row["method"] == "maml"]
     assert f"{np.mean(books):.2f} ± {abs(books[0] - books[1]) / math.sqrt(2):.2f} (2)" in printed
     assert "8 new runs, 0 stood there already" in printed
+    assert f"| terrible | {rows[0]['confusion'][0][0]} " in " ".join(printed.split())
     assert finetune_main(world, out, *prompts, "--seeds", "1", "2", "3")[:8] == rows  # only what is new is run
     assert "4 new runs, 8 stood there already" in capsys.readouterr().out
 
@@ -732,7 +733,7 @@ def make_report(tmp_path, rows, *flags):
 def test_report_beside_the_papers_tables(tmp_path, capsys):
     metapt, ppt = [0.45, 0.46, 0.44, 0.47, 0.43], [0.41, 0.45, 0.42, 0.43, 0.44]
     rows = [result("maml", a, seed, clustering="kmeans", clusters=10) for seed, a in enumerate(metapt)]
-    rows += [result("ppt", a, seed) for seed, a in enumerate(ppt)]
+    rows += [result("ppt", 0.99, 0, digest="of an earlier prompt"), *(result("ppt", a, i) for i, a in enumerate(ppt))]
     rows += [result("maml", 0.43, 0, "prompts/label", clustering="label"), result("maml", 0.9, 0, task="mine"),
              result("maml", 0.5, 0, "prompts/y", source="source/Yelp5/kmeans10.jsonl", clustering="kmeans"),
              result("ft", 0.44, 0, "none"), result("ft", 0.3, 0, "none", learning_rate=0.1),
