@@ -116,14 +116,12 @@ def describe(args, task, prompt, shots, seed):
 
 
 def run_one(args, task, prompt, shots, seed, weights):
-    """One run, as its line of results. `weights` are the T5's own, which full tuning gives back afterwards."""
+    """One run, as its line of results. `weights` are the T5's own, which it has again after full tuning."""
     model, training, test = task
     run, start, facts = describe(args, task, prompt, shots, seed)
     few, validation = data.few_shot(training, shots, seed, args.validation_shots, args.balanced)
-    if args.search and args.method == "ft":
-        tuned, course = search(model, start, few, validation, args, seed, weights)
-    else:
-        tuned, course = tune(model, start, few, validation, args, seed)
+    fit = search if args.search and args.method == "ft" else tune
+    tuned, course = fit(model, start, few, validation, args, seed)
     score = model.evaluate(tuned, test)
     score["macro_f1"] = macro_f1(score["confusion"])
     if args.method == "ft":
@@ -135,8 +133,8 @@ def run_one(args, task, prompt, shots, seed, weights):
     run |= {"source": facts.get("arguments", {}).get("source"), "words": model.task.words, **score, **course}
     tqdm.write(f"{run['task']}, {method_name(run)} ({prompt}), {shots} shots, seed {seed}: "
                f"{100 * score['accuracy']:.1f} %, macro-F1 {100 * score['macro_f1']:.1f}, "
-               f"{100 * score['in_words']:.0f} % answer with a task word; "
-               f"{course['epochs']} epochs, {course['seconds']:.1f} s")
+               f"{100 * score['in_words']:.0f} % answer with a task word; {course['epochs']} epochs, "
+               f"{course['seconds']:.1f} s")
     if args.confusion:
         counts = [[word, *map(str, line)] for word, line in zip(model.task.words, score["confusion"])]
         print_markdown("The label down, the prediction across:", [["", *model.task.words], *counts])
@@ -154,10 +152,11 @@ def batches(model, examples, size=64):
     return (model.encode(examples[i:i + size]) for i in range(0, len(examples), size))
 
 
-def search(model, start, training, validation, args, seed, weights):
+def search(model, start, training, validation, args, seed):
     """Full tuning with every learning rate of A.1's search, each from the same weights. The best on validation, by
     accuracy, then by loss, is left in the T5 to be tested; the test split plays no part in the choice."""
     tried, best = {}, (-1.0, 0.0)
+    weights = {name: weight.clone() for name, weight in model.t5.state_dict().items()}
     for rate in GRID:
         model.t5.load_state_dict(weights)
         args = argparse.Namespace(**{**vars(args), "learning_rate": rate})
@@ -315,7 +314,7 @@ def print_scores(title, results, paper={}):
         mean, deviation, count = spread(groups[key][task].values())
         bold = "**" if mean == max(spread(scores.values())[0] for scores in peers) else ""
         theirs = dict(zip(PAPER_TASKS, paper.get((key[0], key[2]), "").split())).get(task) if key[1] == 40 else None
-        return (f"{bold}{mean:.2f} ± {deviation:.2f}{bold}" + f" ({count})" * (count < 5)
+        return (f"{bold}{mean:.2f} ± {deviation:.2f}{bold}" + f" ({count})" * (count != 5)
                 + (f"; paper {theirs}, {mean - float(theirs.split('±')[0]):+.2f}" if theirs else ""))
 
     print_groups(f"{title}: accuracy in points, mean ± sample standard deviation over five seeds, or over (so many).",
@@ -336,7 +335,7 @@ def print_comparison(results, against):
         mean, deviation, count = spread(gains)
         half = stats.t.ppf(0.975, count - 1) * deviation / count**0.5
         bold = "**" if 0 < half < abs(mean) else ""
-        return f"{bold}{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{bold}" + f" ({count})" * (count < 5)
+        return f"{bold}{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{bold}" + f" ({count})" * (count != 5)
 
     print_groups(f"Against {against}: mean difference in points, paired over the seeds, with its 95 % t interval; bold "
                  "where that leaves out 0.", results, cell)
@@ -352,9 +351,9 @@ def report(args):
                  if row["method"] == "maml" and "clustering" in row]
     if len({row["method"] for row in clustered}) > 1:
         print_scores("Table 2", clustered + [row for row in results if row["method"] == "ppt"], TABLE_2)
-    names = [name for key in grouped(results) for name in key[2:]]
+    names = [name for key in grouped(results) for name in key[2:] if name]
     if args.against and args.against not in names:
-        raise InputError(f"{args.report}: no {args.against} to compare with, only {', '.join(filter(None, set(names)))}")
+        raise InputError(f"{args.report}: no {args.against} to compare with, only {', '.join(dict.fromkeys(names))}")
     print_comparison(results, args.against or ("MetaPT" if "MetaPT" in names else names[0]))
     if args.figure:
         draw(results, args.x, Path(args.figure))
@@ -363,9 +362,7 @@ def report(args):
 def draw(results, x, path):
     """Figure 2 (x is shots), 3a (source_size) or 3b (clusters): a panel for each task, a line for each method, the mean
     over the seeds in a band of one standard deviation."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     held, lines = ["prompt"] if x == "shots" else [key for key in ("shots", *SOURCE_FACTS[1:]) if key != x], {}
     rows = [row for row in results if row.get(x)]
     for (_, at, *name), tasks in grouped(rows, x, [*held, *RESULT_ARGUMENTS]).items():
@@ -374,9 +371,9 @@ def draw(results, x, path):
     if not lines:
         raise InputError(f"{path}: no method was run with more than one value of {x}, so there is nothing to draw")
     names = list(dict.fromkeys(task for line in lines.values() for tasks in line.values() for task in tasks))
-    figure, panels = plt.subplots(1, len(names), figsize=(1 + 4 * len(names), 4.5), sharey=True, squeeze=False,
-                                  layout="constrained")
-    for panel, task in zip(panels[0], names):
+    figure = Figure(figsize=(1 + 4 * len(names), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for panel, task in zip(panels, names):
         for (name, line), style in zip(lines.items(), itertools.cycle(["o-", "s--", "^:", "D-.", "v-", "P--"])):
             xs = [at for at in line if task in line[at]]
             means, deviations, _ = np.array([spread(line[at][task].values()) for at in xs]).reshape(-1, 3).T
@@ -387,8 +384,8 @@ def draw(results, x, path):
         xs = sorted({at for line in lines.values() for at in line})
         panel.set_xticks(xs, [f"{at:,}" for at in xs])
         panel.set(title=task, xlabel={"shots": "training examples", "source_size": "source examples"}.get(x, x))
-    panels[0][0].set_ylabel("accuracy in points")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    panels[0].set_ylabel("accuracy in points")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     kind = path.suffix.lstrip(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"{path}: no kind of picture; end it in .png, .pdf or .svg")
@@ -410,8 +407,7 @@ def main(argv=None):
     parser.add("--save", "keeps every tuned prompt in a folder here", metavar="FOLDER")
     parser.add("--predict", "labels the texts of a .txt or .jsonl file with a prompt that --save kept", metavar="FILE")
     parser.add_setting("--learning-rate", "AdamW's", SETTINGS, type=float)
-    parser.add("--search", "full tuning tries A.1's learning rates, " + ", ".join(f"{rate:g}" for rate in GRID)
-               + ", and tests the one of the best validation", False, action="store_true")
+    parser.add("--search", f"full tuning tries {GRID} and tests what validates best", False, action="store_true")
     parser.add_setting("--batch-size", "examples of an update", SETTINGS, type=int)
     parser.add("--accumulate", "passes that a batch is split into, where memory is short", 1, type=int)
     parser.add("--max-epochs", "epochs at most; each ends in a validation", 200, type=int)
@@ -422,8 +418,7 @@ def main(argv=None):
     parser.add("--max-test", "tests on so many examples, drawn once (default: on all)", type=int)
     parser.add("--dtype", "of the frozen T5; the prompt stays float32", "float32", choices=["float32", "bfloat16"])
     parser.add("--report", "prints the tables of a results file, beside the paper's", metavar="FILE")
-    parser.add("--against", "what the report compares every method with: a method or a prompt (default: MetaPT)",
-               metavar="NAME")
+    parser.add("--against", "with --report: the method or prompt to compare with (default: MetaPT)", metavar="NAME")
     parser.add("--confusion", "prints the confusion matrices too", False, action="store_true")
     parser.add("--figure", "with --report: the picture to draw of it, .png, .pdf or .svg", metavar="FILE")
     parser.add("--x", "the figure's horizontal axis", "shots", choices=["shots", "source_size", "clusters"])
