@@ -736,6 +736,7 @@ def test_report_beside_the_papers_tables(tmp_path, capsys):
     rows = [result("maml", a, seed, clustering="kmeans", clusters=10) for seed, a in enumerate(metapt)]
     rows += [result("ppt", 0.99, 0, digest="of an earlier prompt"), *(result("ppt", a, i) for i, a in enumerate(ppt))]
     rows += [result("maml", 0.43, 0, "prompts/label", clustering="label"), result("maml", 0.9, 0, task="mine"),
+             result("maml", 0.42, 0, "prompts/mixed", clustering="random"),
              result("maml", 0.5, 0, "prompts/y", source="source/Yelp5/kmeans10.jsonl", clustering="kmeans"),
              result("ft", 0.44, 0, "none"), result("ft", 0.3, 0, "none", learning_rate=0.1),
              result("ft", 0.99, 0, "none", shots=80), result("ft", 0.2, 0, "none", model="other")]
@@ -749,7 +750,8 @@ def test_report_beside_the_papers_tables(tmp_path, capsys):
             "| t5-base | 40 | FT | learning_rate 0.003 | 44.00 ± 0.00 (1); paper 43.57±2.56, +0.43 | - |",
             "| t5-base | 80 | FT | learning_rate 0.003 | **99.00 ± 0.00** (1) | - |",
             "| other | 40 | FT | learning_rate 0.003 | **20.00 ± 0.00** (1) | - |",
-            "| t5-base | 40 | label | prompts/label | 43.00 ± 0.00 (1); paper 42.84±0.76, +0.16 |",
+            "| t5-base | 40 | label clusters | prompts/label | 43.00 ± 0.00 (1); paper 42.84±0.76, +0.16 |",
+            "| t5-base | 40 | random clusters | prompts/mixed | 42.00 ± 0.00 (1); paper 42.95±1.05, -0.95 |",
             "| t5-base | 40 | PPT | prompts/ppt | 43.00 ± 1.58; paper 42.89±1.08, +0.11 |"]:
         assert line in lines, line
     stats = pytest.importorskip("scipy.stats")
