@@ -202,19 +202,18 @@ class PromptedT5(torch.nn.Module):
     @torch.no_grad()
     def evaluate(self, prompt, batches):
         """Scores of labelled batches: `accuracy` (a share), mean `loss`, `in_words` (the share of examples whose most
-        probable token of the whole vocabulary is a word of the task) and `predicted` (examples given each label)."""
-        correct = loss = in_words = total = 0
-        predicted = torch.zeros(len(self.task.words), dtype=torch.long)
+        probable token of the whole vocabulary is a word of the task) and `confusion` (counts, [true][predicted])."""
+        classes = len(self.task.words)
+        confusion, loss, in_words = torch.zeros(classes, classes, dtype=torch.long), 0.0, 0
         for batch in batches:
             logits = at_least_float32(self(prompt, batch)).cpu()
-            labels = logits[:, self.word_ids].argmax(-1)
-            correct += (labels == batch["labels"]).sum().item()
+            pairs = batch["labels"] * classes + logits[:, self.word_ids].argmax(-1)
+            confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
             loss += F.cross_entropy(logits, self.word_ids[batch["labels"]], reduction="sum").item()
             in_words += torch.isin(logits.argmax(-1), self.word_ids).sum().item()
-            predicted += torch.bincount(labels, minlength=len(predicted))
-            total += len(labels)
-        return {"accuracy": correct / total, "loss": loss / total, "in_words": in_words / total,
-                "predicted": predicted.tolist()}
+        total = confusion.sum().item()
+        return {"accuracy": confusion.trace().item() / total, "loss": loss / total, "in_words": in_words / total,
+                "confusion": confusion.tolist()}
 
 
 class CrossAttention(T5Attention):

@@ -45,7 +45,7 @@ SHAPES = {  # of the public T5s, for the benchmark; `tiny` is the tests' own
 
 def make_tokenizer():
     reviews = [review["text"] for domain in data.DOMAINS for review in data.write_reviews(domain, 200, random.Random(0))]
-    return data.demo_tokenizer([*reviews, "it was " + " ".join(data.WORDS[5]), "yes maybe no ?"])
+    return data.demo_tokenizer([*reviews, "it was " + " ".join(data.WORDS[5]), "yes maybe no ? a b c"])
 
 
 def make_t5(tokenizer, shape="tiny", **changes):
@@ -153,7 +153,8 @@ def test_loss_predict_and_evaluate_agree_with_their_definitions(model):
     scores = model.evaluate(prompt, [metapt.select(batch, [0, 1, 2, 3]), metapt.select(batch, [4, 5, 6])])
     assert scores["accuracy"] == pytest.approx(np.mean(np.array(labels) == batch["labels"].numpy()))
     assert scores["loss"] == pytest.approx(expected.mean().item())
-    assert scores["predicted"] == np.bincount(labels, minlength=5).tolist()
+    pairs = list(zip(batch["labels"].tolist(), labels))
+    assert scores["confusion"] == [[pairs.count((true, said)) for said in range(5)] for true in range(5)]
     assert scores["in_words"] == pytest.approx(np.mean([row.argmax().item() in words for row in logits]))
 
 
@@ -726,12 +727,13 @@ def finetune_main(world, out, *flags, method="pt"):
 def test_finetune_saves_and_predicts(world, tmp_path, capsys):
     meta_train(world, tmp_path / "meta")
     out, prompts = tmp_path / "results.jsonl", ["--prompt", "random", str(tmp_path / "meta")]
-    rows = finetune_main(world, out, *prompts, "--seeds", "1", "2", "--save", str(tmp_path / "tuned"))
+    rows = finetune_main(world, out, *prompts, "--seeds", "1", "2", "--confusion", "--save", str(tmp_path / "tuned"))
     assert len(rows) == 2 * 2 * 2 and len({(r["task"], r["prompt"], r["seed"]) for r in rows}) == 8
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.replace("**", "")
     books = [100 * row["accuracy"] for row in rows if row["task"] == "books" and row["method"] == "maml"]
     assert f"{np.mean(books):.2f} ± {abs(books[0] - books[1]) / math.sqrt(2):.2f} (2)" in printed
     assert "8 new runs, 0 stood there already" in printed
+    assert f"| terrible | {rows[0]['confusion'][0][0]} " in " ".join(printed.split())
     assert finetune_main(world, out, *prompts, "--seeds", "1", "2", "3")[:8] == rows  # only what is new is run
     assert "4 new runs, 8 stood there already" in capsys.readouterr().out
 
@@ -753,6 +755,164 @@ def test_full_tuning_starts_every_run_from_the_same_weights(world, tmp_path):
     both = [row for row in both if row["seed"] == 2]
     assert [(row["task"], row["loss"]) for row in both] == [(row["task"], row["loss"]) for row in alone]
     assert all(row["method"] == "ft" and row["prompt"] == "none" for row in alone)
+
+
+def test_a_stopped_sweep_continues_and_processes_share_it(world, tmp_path, monkeypatch):
+    out, run_one, ran = tmp_path / "new" / "results.jsonl", finetune.run_one, []
+    sweep = ["--method", "pt", "ft", "--seeds", "1", "2", "--shots", "4", "8", "--max-epochs", "1", "--threads", "1"]
+
+    def stopped(*args):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(args[2:5])
+        return run_one(*args)
+
+    monkeypatch.setattr(finetune, "run_one", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_main(world, out, "--prompt", "random", *sweep)
+    before = read_lines(out)
+    command = [sys.executable, Path(finetune.__file__), "--config", world / "pt.json", "--out", out,
+               "--prompt", "random", "--prompt-length", "3", "--max-test", "50", *sweep]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"}) for rank in "01"]
+    printed = "".join(process.communicate()[0] for process in processes)
+    rows = read_lines(out)
+    assert len(before) == 3 and rows[:3] == before and "stood there already" in printed
+    assert len(rows) == len({finetune.identity(row) for row in rows}) == 2 * 2 * 2 * 2
+
+
+def test_search_chooses_by_validation_alone(world, tmp_path, tokenizer, monkeypatch):
+    rows = finetune_main(world, tmp_path / "searched.jsonl", "--search", "--seeds", "1", method="ft")
+    for row in rows:
+        assert row["settings"]["learning_rate"] == [float(rate) for rate in row["tried"]] == finetune.GRID
+        assert row["tried"][str(row["learning_rate"])] == row["validation_accuracy"] == max(row["tried"].values())
+
+    model, seen = PromptedT5(make_t5(tokenizer), tokenizer, SENTIMENT), []
+    weights = copy.deepcopy(model.t5.state_dict())
+
+    def tune(model, start, training, validation, args, seed):
+        assert all(torch.equal(value, weights[name]) for name, value in model.t5.state_dict().items())
+        seen.append(args.learning_rate)
+        with torch.no_grad():
+            model.t5.shared.weight.fill_(args.learning_rate)
+        return start, {"validation_accuracy": [0.2, 0.7, 0.7, 0.7, 0.5][len(seen) - 1],
+                       "validation_loss": [0.1, 1.2, 1.1, 1.3, 0.1][len(seen) - 1]}
+
+    monkeypatch.setattr(finetune, "tune", tune)
+    monkeypatch.setattr(PromptedT5, "evaluate", None)  # so no test split is scored
+    _, facts = finetune.search(model, None, [], [], argparse.Namespace(learning_rate=1.0), 1)
+    assert seen == finetune.GRID and facts["learning_rate"] == 8e-5
+    assert (model.t5.shared.weight == 8e-5).all()
+
+
+def test_bfloat16_keeps_the_prompt_in_float32(world, tmp_path):
+    row, _ = finetune_main(world, tmp_path / "results.jsonl", "--prompt", "random", "--seeds", "1",
+                           "--dtype", "bfloat16", "--save", str(tmp_path / "tuned"))
+    prompt, _ = load_prompt(tmp_path / "tuned" / "books-random-8-1")
+    assert row["settings"]["dtype"] == "bfloat16" and np.isfinite(row["loss"])
+    assert not torch.equal(prompt, prompt.bfloat16().float())  # its updates were not rounded
+
+
+PAIR = Task("pair", "{premise} ? {mask} . {hypothesis}", ["yes", "maybe", "no"])
+CHOICE = Task("choice", "{question} A. {a} B. {b} C. {c} {mask}", ["A", "B", "C"])
+
+
+def make_pair(rng):
+    label, plot = rng.randrange(3), rng.choice(["plot", "music", "script", "camera"])
+    said = ["fine", "nice", "poor"][label]
+    return {"premise": f"the {plot} was fine", "hypothesis": f"{plot} {said}", "label": label}
+
+
+def make_choice(rng):
+    label, answers = rng.randrange(3), ["poor", "poor", "poor"]
+    answers[label] = "great"
+    return {"question": "the plot ?", **dict(zip("abc", answers)), "label": label}
+
+
+@pytest.mark.parametrize("task, make", [(PAIR, make_pair), (CHOICE, make_choice)])
+def test_pairs_and_choices_through_the_template_alone(tmp_path, tokenizer, task, make):
+    rng = random.Random(0)
+    data.write_task(tmp_path / task.name, task, {s: [make(rng) for _ in range(120)] for s in ("train", "test")})
+    make_t5(tokenizer, dropout_rate=0.0).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    finetune.main(["--task", str(tmp_path / task.name), "--model", str(tmp_path / "t5"), "--method", "ft", "pt",
+                   "--shots", "60", "--seeds", "1", "--learning-rate", "0.01", "--max-epochs", "20", "--patience", "20",
+                   "--prompt-length", "3", "--device", "cpu", "--out", str(tmp_path / "results.jsonl")])
+    full, prompt = read_lines(tmp_path / "results.jsonl")
+    assert full["accuracy"] > 0.9 and full["macro_f1"] > 0.9 and np.sum(full["confusion"]) == 120
+    assert prompt["method"] == "random" and np.shape(prompt["confusion"]) == (3, 3) and prompt["words"] == task.words
+
+
+def test_macro_f1_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    true, said = rng.integers(3, size=50), rng.integers(2, size=50)
+    confusion = metrics.confusion_matrix(true, said, labels=range(4)).tolist()  # class 3 occurs nowhere
+    assert finetune.macro_f1(confusion) == pytest.approx(metrics.f1_score(true, said, average="macro"))
+
+
+def result(method, accuracy, seed, prompt=None, task="sst5", shots=40, model="google-t5/t5-base", learning_rate=0.003,
+           **more):
+    return {"task": task, "method": method, "prompt": prompt or f"prompts/{method}", "shots": shots, "seed": seed,
+            "digest": "0", "settings": {"model": model, "learning_rate": learning_rate}, "accuracy": accuracy, **more}
+
+
+def make_report(tmp_path, rows, *flags):
+    data.write_examples(tmp_path / "results.jsonl", rows)
+    finetune.main(["--report", str(tmp_path / "results.jsonl"), *flags])
+
+
+def test_report_beside_the_papers_tables(tmp_path, capsys):
+    metapt, ppt = [0.45, 0.46, 0.44, 0.47, 0.43], [0.41, 0.45, 0.42, 0.43, 0.44]
+    rows = [result("maml", a, seed, clustering="kmeans", clusters=10) for seed, a in enumerate(metapt)]
+    rows += [result("ppt", 0.99, 0, digest="of an earlier prompt"), *(result("ppt", a, i) for i, a in enumerate(ppt))]
+    rows += [result("maml", 0.43, 0, "prompts/label", clustering="label"), result("maml", 0.9, 0, task="mine"),
+             result("maml", 0.42, 0, "prompts/mixed", clustering="random"),
+             result("maml", 0.5, 0, "prompts/y", source="source/Yelp5/kmeans10.jsonl", clustering="kmeans"),
+             result("ft", 0.44, 0, "none"), result("ft", 0.3, 0, "none", learning_rate=0.1),
+             result("ft", 0.99, 0, "none", shots=80), result("ft", 0.2, 0, "none", model="other")]
+    make_report(tmp_path, rows)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in [
+            "| t5-base | 40 | MetaPT, label | prompts/label | 43.00 ± 0.00 (1) | - |",
+            "| t5-base | 40 | MetaPT | prompts/maml | 45.00 ± 1.58; paper 45.26±0.39, -0.26 | **90.00 ± 0.00** (1) |",
+            "| t5-base | 40 | PPT | prompts/ppt | 43.00 ± 1.58; paper 42.90±1.08, +0.10 | - |",
+            "| t5-base | 40 | MetaPT(Y) | prompts/y | **50.00 ± 0.00** (1); paper 46.24±0.42, +3.76 | - |",
+            "| t5-base | 40 | FT | learning_rate 0.003 | 44.00 ± 0.00 (1); paper 43.57±2.56, +0.43 | - |",
+            "| t5-base | 80 | FT | learning_rate 0.003 | **99.00 ± 0.00** (1) | - |",
+            "| other | 40 | FT | learning_rate 0.003 | **20.00 ± 0.00** (1) | - |",
+            "| t5-base | 40 | label clusters | prompts/label | 43.00 ± 0.00 (1); paper 42.84±0.76, +0.16 |",
+            "| t5-base | 40 | random clusters | prompts/mixed | 42.00 ± 0.00 (1); paper 42.95±1.05, -0.95 |",
+            "| t5-base | 40 | PPT | prompts/ppt | 43.00 ± 1.58; paper 42.89±1.08, +0.11 |"]:
+        assert line in lines, line
+    stats = pytest.importorskip("scipy.stats")
+    low, high = stats.ttest_rel(np.multiply(100, ppt), np.multiply(100, metapt)).confidence_interval()
+    assert f"| t5-base | 40 | PPT | prompts/ppt | -2.00 [{low:+.2f}, {high:+.2f}] | - |" in lines
+    make_report(tmp_path, [result("maml", a, i) for i, a in enumerate(metapt)] + [
+        result("ppt", a - 0.02 - i / 1000, i) for i, a in enumerate(metapt)], "--against", "prompts/ppt")
+    assert "| **+2.20 [+2.00, +2.40]** |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="results.jsonl:2: not a line of results"):
+        make_report(tmp_path, [result("maml", 0.4, 1), {"task": "sst5"}])
+
+
+@pytest.mark.parametrize("x", ["shots", "source_size", "clusters"])
+def test_figure(tmp_path, x, monkeypatch):
+    drawn, savefig = [], pytest.importorskip("matplotlib.figure").Figure.savefig
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda self, *args, **kwargs: drawn.append(self) or savefig(self, *args, **kwargs))
+    rows = [result("maml", 0.4 + at / 1000 + seed / 100, seed, f"prompts/{at}" if x != "shots" else None, task=task,
+                   **{"shots": 40, "clusters": 10, "source_size": 1000, x: at})
+            for at in (30, 10) for seed in (1, 2) for task in ("sst5", "sst2")]
+    rows += [result("ft", 0.3, 1, "none", shots=shots) for shots in (10, 20)]
+    make_report(tmp_path, rows, "--figure", str(tmp_path / "figure.png"), "--x", x)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    panels = drawn[0].axes
+    assert [panel.get_title() for panel in panels] == ["sst5", "sst2"]
+    assert panels[0].get_xscale() == ("linear" if x == "clusters" else "log")
+    assert panels[1].lines[0].get_xydata().tolist() == [[10, pytest.approx(42.5)], [30, pytest.approx(44.5)]]
+    assert len(panels[0].lines) == (2 if x == "shots" else 1)
+    with pytest.raises(InputError, match="no kind of picture"):
+        make_report(tmp_path, rows, "--figure", str(tmp_path / "figure.xyz"), "--x", x)
 
 
 @pytest.mark.parametrize("script, flags, message", [
