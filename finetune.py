@@ -213,11 +213,11 @@ def predict(args):
     """Labels the texts of a file with a tuned prompt: JSON lines with the label, its word and every word's
     probability, to args.out or to standard output."""
     prompt, facts = load_prompt(args.prompt[0])
-    if "template" not in facts:
-        raise InputError(f"{args.prompt[0]}: not a prompt that --save kept, so without its task's template and words")
-    t5, tokenizer = load_t5(args.model or facts["base_model"], args.device)
-    task = Task(facts["task"], facts["template"], facts["words"])
-    model = PromptedT5(t5, tokenizer, task, facts["settings"]["max_length"])
+    if args.task is None and "template" not in facts:
+        raise InputError(f"{args.prompt[0]}: not a prompt that --save kept, so it does not say its task; name a --task")
+    task = Task.load(args.task[0]) if args.task else Task(facts["task"], facts["template"], facts["words"])
+    t5, tokenizer = load_t5(args.model or facts["base_model"], args.device, args.dtype)
+    model = PromptedT5(t5, tokenizer, task, facts.get("settings", {}).get("max_length", args.max_length))
     prompt = prompt.to(model.device)
     examples = list(data.read_examples(args.predict, task, labelled=False))
     labelled = []
@@ -410,7 +410,8 @@ def main(argv=None):
     parser.add("--out", "the results file (default: results.jsonl); with --predict the labelled texts (default: "
                "standard output)", metavar="FILE")
     parser.add("--save", "keeps every tuned prompt in a folder here", metavar="FOLDER")
-    parser.add("--predict", "labels the texts of a .txt or .jsonl file with a prompt that --save kept", metavar="FILE")
+    parser.add("--predict", "labels the texts of a .txt or .jsonl file with a prompt that --save kept, or "
+               "with any prompt for --task", metavar="FILE")
     parser.add_setting("--learning-rate", "AdamW's", SETTINGS, type=float)
     parser.add("--search", f"full tuning tries {GRID} and tests what validates best", False, action="store_true")
     parser.add_setting("--batch-size", "examples of an update", SETTINGS, type=int)

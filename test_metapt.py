@@ -364,9 +364,30 @@ def test_peft_reads_our_prompt_with_the_same_logits(tmp_path, tokenizer):
     prompt, batch = model.init_prompt(5), model.encode(make_examples(3))
     save_prompt(tmp_path / "prompt", prompt, model.t5)
     theirs = peft.PeftModel.from_pretrained(make_t5(tokenizer), tmp_path / "prompt").eval()
-    logits = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                    decoder_input_ids=model.decoder_ids.repeat(3, 1)).logits[:, 1]
+    ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = theirs(**ids, decoder_input_ids=model.decoder_ids.repeat(3, 1)).logits[:, 1]
     torch.testing.assert_close(model(prompt, batch), logits, atol=1e-5, rtol=0)
+    generated = theirs.generate(**ids, decoder_input_ids=model.decoder_ids.repeat(3, 1), max_new_tokens=1)
+    assert torch.equal(generated[:, 2], model(prompt, batch).argmax(-1))
+
+
+def test_a_prompt_of_peft_is_read(world, tmp_path, tokenizer, capsys):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    t5, tokenizer = metapt.load_t5(world / "t5")
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, num_transformer_submodules=1)
+    theirs = peft.get_peft_model(t5, config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    prompt, _ = load_prompt(tmp_path / "theirs", width=64)
+    assert torch.equal(prompt, theirs.prompt_encoder.default.embedding.weight)
+    (tmp_path / "new.txt").write_text("the plot was gripping .\n", encoding="utf-8")
+    finetune.main(["--predict", str(tmp_path / "new.txt"), "--prompt", str(tmp_path / "theirs"), "--model",
+                   str(world / "t5"), "--task", str(world / "books"), "--device", "cpu"])
+    model = PromptedT5(t5, tokenizer, SENTIMENT)
+    [label] = model.predict(prompt, model.encode([{"text": "the plot was gripping ."}])).tolist()
+    assert json.loads(capsys.readouterr().out)["label"] == label
+    row, = finetune_main(world, tmp_path / "results.jsonl", "--task", str(world / "books"), "--prompt",
+                         str(tmp_path / "theirs"), "--seeds", "1")
+    assert row["method"] == "PEFT"
 
 
 def test_a_model_that_is_no_t5_is_refused(tmp_path):
