@@ -1,10 +1,10 @@
 """
 Source data and downstream tasks (Sections 4.1 and 5.1, Appendix C): official files in, JSON lines out.
 
-    python data.py convert sst5 --input trees/ --out tasks/sst5                  # also sst2
-    python data.py convert sentihood --input sentihood/ --out tasks/sentihood
-    python data.py convert semeval_restaurant --input semeval/ --out tasks/semeval_restaurant   # also semeval_laptop
-    python data.py demo                                                          # the offline demo, in demo/
+    python data.py convert yelp5 --input yelp_review_full_csv.tgz --out tasks/yelp5    # or any other dataset
+    python data.py labeller --task tasks/yelp5 --out labeller                          # RoBERTa, for pseudo-labels
+    python data.py pseudo-label --labeller labeller --corpus openwebtext.tar.xz --out source
+    python data.py demo                                                                # the offline demo, in demo/
 
 A task is a folder: task.json (the template and the words), train.jsonl, test.jsonl and, where the dataset has one,
 validation.jsonl. A line is an example, {"text": "...", "label": 0}, the label an index into the words.
@@ -12,7 +12,12 @@ validation.jsonl. A line is an example, {"text": "...", "label": 0}, the label a
 
 import argparse
 import collections
+import contextlib
+import csv
+import fnmatch
 import gzip
+import io
+import itertools
 import json
 import lzma
 import os
@@ -21,8 +26,12 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -38,35 +47,60 @@ transformers_logging.disable_progress_bar()  # the scripts have their own
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 TEMPLATE = "{text} It was {mask}"  # the paper's, Section 3
+BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile)
 WORDS = {5: ["terrible", "bad", "okay", "good", "great"], 3: ["bad", "okay", "good"], 2: ["bad", "good"]}
 
 # ------------------------------------------------------------------------------------------- examples as JSON lines
 
 
-def open_text(path):
-    """A text file for reading; .gz and .xz are unpacked as they are read."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
-    return opener(path, "rt", encoding="utf-8")
+def open_packed(path):
+    """A file for reading bytes; .gz and .xz are unpacked as they are read. A path may lead into a .zip or a tar, packed
+    or not, as SST-2.zip/SST-2/train.tsv does."""
+    path = Path(path)
+    archive = next((parent for parent in path.parents if parent.is_file()), None)
+    if archive is None:
+        file = open(path, "rb")
+    elif zipfile.is_zipfile(archive):
+        file = zipfile.ZipFile(archive).open(path.relative_to(archive).as_posix())
+    else:
+        tar = tarfile.open(archive, "r|*")  # read once from front to back
+        file = next(tar.extractfile(member) for member in tar if archive / member.name == path)
+    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
+    return io.BufferedReader(unpack(file, "rb") if unpack else file, 2**20)
+
+
+def numbered_lines(path):
+    """Yields (number, line) of a UTF-8 text file as open_packed reads it. Raises InputError with file and line."""
+    number = 0
+    try:
+        with open_packed(path) as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number}: not UTF-8 text: {error}")
+    except BROKEN as error:
+        raise InputError(f"{path}:{number + 1}: broken or cut off here: {error}")
 
 
 def read_examples(path, task, labelled=True):
-    """Yields the examples of a .jsonl file (or .jsonl.gz, .jsonl.xz), or of a .txt file with a text on each line.
+    """Yields the examples of a .jsonl file, or of a .txt file with a text on each line; .gz and .xz too.
     Every field of the task's template must be there and, where `labelled`, a label that is an index into its words.
     Raises InputError with the file and the line."""
-    plain = Path(path).suffix == ".txt"
-    try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                example = {"text": line.strip()} if plain else json.loads(line)
-                if problem := example_problem(example, task, labelled):
-                    raise InputError(f"{path}:{number}: {problem}")
-                yield example
-    except json.JSONDecodeError as error:
-        raise InputError(f'{path}:{number}: not a JSON object, as {{"text": "...", "label": 0}}: {error}')
-    except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}")
+    plain = unpacked_name(path).endswith(".txt")
+    for number, line in numbered_lines(path):
+        if not line.strip():
+            continue
+        try:
+            example = {"text": line.strip()} if plain else json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f'{path}:{number}: not a JSON object, as {{"text": "...", "label": 0}}: {error}')
+        if problem := example_problem(example, task, labelled):
+            raise InputError(f"{path}:{number}: {problem}")
+        yield example
+
+
+def unpacked_name(path):
+    return re.sub(r"\.(gz|xz)$", "", Path(path).name)
 
 
 def example_problem(example, task, labelled):
@@ -82,19 +116,31 @@ def example_problem(example, task, labelled):
 
 
 def write_examples(path, examples):
-    """Writes JSON lines, beside `path` first and then renamed."""
+    """Writes JSON lines, packed where `path` ends in .gz; beside `path` first and then renamed."""
     def write(beside):
-        with open(beside, "w", encoding="utf-8") as file:
+        opener = gzip.open if Path(path).suffix == ".gz" else open
+        with opener(beside, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
     write_beside(path, write)
 
 
 def write_task(folder, task, splits):
     """Writes task.json and a .jsonl file for each split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, examples in splits.items():
-        write_examples(folder / f"{split}.jsonl", examples)
-    task.save(folder)
+    with folder_beside(folder) as beside:
+        for split, examples in splits.items():
+            write_examples(beside / f"{split}.jsonl", examples)
+        task.save(beside)
+
+
+@contextlib.contextmanager
+def folder_beside(folder):
+    """A new folder to fill, whose files move to `folder` at the end: all of them, or on an error none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        yield Path(beside)
+        folder.mkdir(exist_ok=True)
+        for file in Path(beside).iterdir():
+            os.replace(file, folder / file.name)
 
 
 def few_shot(examples, shots, seed, validation_shots=None, balanced=False):
@@ -122,36 +168,62 @@ def few_shot(examples, shots, seed, validation_shots=None, balanced=False):
 def read_sst(path, classes):
     """Stanford Sentiment Treebank, one bracketed tree a line; the root's digit is the grade. With 2 classes the
     neutral sentences are dropped."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            tokens = re.findall(r"\([0-4] ([^()]+)\)", line)
-            if not re.match(r"\s*\([0-4] ", line) or not tokens or line.count("(") != line.count(")"):
-                raise InputError(f"{path}:{number}: not a tree, as (3 (2 It) (4 works)); give the folder of the "
-                                 "official trees")
-            text = " ".join(tokens).replace("\xa0", " ").replace("-LRB-", "(").replace("-RRB-", ")")
-            grade = int(line.lstrip()[1])
-            label = grade if classes == 5 else {0: 0, 1: 0, 3: 1, 4: 1}.get(grade, "neutral")
-            yield re.sub(r"\\([/*])", r"\1", text), label
+    for number, line in numbered_lines(path):
+        if not line.strip():
+            continue
+        tokens = re.findall(r"\([0-4] ([^()]+)\)", line)
+        if not re.match(r"\s*\([0-4] ", line) or not tokens or line.count("(") != line.count(")"):
+            raise InputError(f"{path}:{number}: not a tree, as (3 (2 It) (4 works)); give the official trees")
+        text = " ".join(tokens).replace("\xa0", " ").replace("-LRB-", "(").replace("-RRB-", ")")
+        grade = int(line.lstrip()[1])
+        label = grade if classes == 5 else {0: 0, 1: 0, 3: 1, 4: 1}.get(grade, "neutral")
+        yield re.sub(r"\\([/*])", r"\1", text), label
+
+
+def read_sst2(path):
+    """SST-2 from the trees, or from GLUE's .tsv with its header, where quotes are text like any other."""
+    if not unpacked_name(path).endswith(".tsv"):
+        yield from read_sst(path, 2)
+        return
+    for number, line in numbered_lines(path):
+        text, _, label = line.rstrip("\r\n").rpartition("\t")
+        if (text, label) != ("sentence", "label") if number == 1 else label not in ("0", "1"):
+            raise InputError(f"{path}:{number}: not GLUE's sentence, tab, label; give its train.tsv and dev.tsv")
+        if number > 1:
+            yield text.strip(), int(label)
+
+
+def read_zhang(path, classes):
+    """Yelp and Amazon reviews of Zhang et al. (2015): the class from 1, then the text, or a title and the text. Quotes
+    are doubled, as in any CSV, and have a backslash before them too; a backslash and an n are a new line."""
+    rows = csv.reader((line for _, line in numbered_lines(path)), strict=True)
+    labels = {str(label + 1): label for label in range(classes)}
+    try:
+        for row in filter(None, rows):
+            if len(row) not in (2, 3) or row[0] not in labels:
+                raise InputError(f"{path}:{rows.line_num}: not a class from 1 to {classes} and one or two texts")
+            texts = [text.replace('\\"', '"').replace("\\n", "\n").strip() for text in row[1:]]
+            yield " ".join(filter(None, texts)), labels[row[0]]
+    except csv.Error as error:
+        raise InputError(f"{path}:{rows.line_num}: not the CSV of the official files: {error}")
 
 
 def read_sentihood(path):
     """SentiHood: a JSON array of sentences with opinions on aspects. A sentence is kept where they all agree."""
     try:
-        sentences = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        sentences = json.loads(open_packed(path).read().decode("utf-8-sig"))
         for item in sentences:
             yield item["text"].strip(), agreed([opinion["sentiment"] for opinion in item["opinions"]],
                                                {"Negative": 0, "Positive": 1})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, *BROKEN) as error:
         raise InputError(f"{path}: not the array of SentiHood, [{{text, opinions: [{{sentiment}}]}}]: {error!r}")
 
 
 def read_semeval(path):
     """SemEval-2016 task 5, subtask 1: XML with opinions in each sentence. A sentence is kept where they all agree."""
     try:
-        root = ElementTree.fromstring(Path(path).read_bytes())  # bytes, so that the XML names its own encoding
-    except ElementTree.ParseError as error:
+        root = ElementTree.fromstring(open_packed(path).read())  # bytes, so that the XML names its own encoding
+    except (ElementTree.ParseError, *BROKEN) as error:
         raise InputError(f"{path}: not the XML of SemEval-2016 task 5: {error}")
     for sentence in root.iter("sentence"):
         text = (sentence.findtext("text") or "").strip()
@@ -171,10 +243,15 @@ def agreed(opinions, labels):
     return labels[opinions[0]] if len(set(opinions)) == 1 else "mixed opinions"
 
 
-# Appendix C: task -> classes, reader, and how the official file of each split is called
+# Appendix C: task -> classes, reader, and how the official file of each split may be called
+TREES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
+ZHANG = {"train": "train.csv", "test": "test.csv"}
 DATASETS = {
-    "sst5": (5, lambda path: read_sst(path, 5), {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}),
-    "sst2": (2, lambda path: read_sst(path, 2), {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}),
+    "sst5": (5, lambda path: read_sst(path, 5), TREES),
+    "sst2": (2, read_sst2, {"train": "train.txt train.tsv", "validation": "dev.txt", "test": "test.txt dev.tsv"}),
+    "yelp5": (5, lambda path: read_zhang(path, 5), ZHANG),
+    "amazon5": (5, lambda path: read_zhang(path, 5), ZHANG),
+    "amazon2": (2, lambda path: read_zhang(path, 2), ZHANG),
     "sentihood": (2, read_sentihood, {"train": "*train*.json", "validation": "*dev*.json", "test": "*test*.json"}),
     "semeval_restaurant": (3, read_semeval, {"train": "*Rest*Train*.xml", "test": "*REST*TEST*.gold"}),
     "semeval_laptop": (3, read_semeval, {"train": "*Lap*Train*.xml", "test": "*LAPT*TEST*.gold"}),
@@ -182,46 +259,54 @@ DATASETS = {
 
 
 def convert(name, source, out, test_share):
-    """Writes the task folder `out` from a dataset's official file or the folder of them, and prints what of each
-    split was kept and what was dropped, and why."""
+    """Writes the task folder `out` from a dataset's official file, the folder of them or the archive of them, and
+    prints what of each split was kept and what was dropped, and why."""
     classes, reader, patterns = DATASETS[name]
-    source, out = Path(source), Path(out)
-    if source.is_file():
-        split = next((split for split in ("test", "dev", "train") if split in source.name.lower()), "train")
-        files = {{"dev": "validation"}.get(split, split): source}
-    else:
-        files = {split: next(iter(sorted(source.glob(pattern))), None) for split, pattern in patterns.items()}
-        files = {split: path for split, path in files.items() if path}
-    if not files:
-        raise InputError(f"{source}: no file of {name} here; looked for {', '.join(patterns.values())}")
-    splits = {}
+    files = find_splits(Path(source), patterns)
+    counts = {split: collections.Counter() for split in files}  # of labels, and of reasons to drop
+
+    def examples(split):
+        counts[split].clear()
+        for text, label in tqdm(reader(files[split]), f"{name} {split}", unit=" lines", disable=None):
+            label = "empty text" if not text and type(label) is int else label
+            counts[split][label] += 1
+            if type(label) is int:
+                yield {"text": text, "label": label}
+
+    splits = {split: examples(split) for split in files}
+    if test_share and "test" not in splits:  # a random share, always the same, drawn once their number is known
+        count = sum(1 for _ in examples("train"))
+        test = np.random.default_rng(0).permutation(count) < round(test_share * count)
+        splits["train"] = itertools.compress(examples("train"), ~test)
+        splits["test"] = itertools.compress(examples("train"), test)
+        print(f"no test file: {test.sum():,} of the training examples are drawn to be the test split")
+    write_task(Path(out), Task(name, TEMPLATE, WORDS[classes]), splits)
     for split, path in files.items():
-        examples, dropped = [], collections.Counter()
-        for text, label in reader(path):
-            if isinstance(label, str) or not text:
-                dropped[label if isinstance(label, str) else "empty text"] += 1
-            else:
-                examples.append({"text": text, "label": label})
-        splits[split] = examples
-        print(f"{path}: kept {len(examples):,} for {split}: {class_counts(examples, WORDS[classes])}; dropped "
-              + (", ".join(f"{count:,} ({why})" for why, count in dropped.items()) or "none"))
-    if test_share and "test" not in splits:
-        splits["test"], splits["train"] = divide(splits["train"], test_share)
-        print(f"no test file: {len(splits['test']):,} of the training examples were drawn to be the test split")
-    write_task(out, Task(name, TEMPLATE, WORDS[classes]), splits)
+        kept = {word: counts[split].pop(label, 0) for label, word in enumerate(WORDS[classes])}
+        print(f"{path}: kept {sum(kept.values()):,} for {split}: "
+              + ", ".join(f"{count:,} {word}" for word, count in kept.items()) + "; dropped "
+              + (", ".join(f"{count:,} ({why})" for why, count in counts[split].items()) or "none"))
     print(f"wrote {out}: task.json and {', '.join(f'{split}.jsonl' for split in splits)}")
 
 
-def class_counts(examples, words):
-    counts = collections.Counter(example["label"] for example in examples)
-    return ", ".join(f"{counts[label]:,} {word}" for label, word in enumerate(words))
-
-
-def divide(examples, share):
-    """A random `share` of the examples, always the same, and the others."""
-    order = np.random.default_rng(0).permutation(len(examples))
-    cut = round(share * len(examples))
-    return [examples[i] for i in order[:cut]], [examples[i] for i in order[cut:]]
+def find_splits(source, patterns):
+    """The official file of each split in a folder, a .zip or a tar; a file of another name is the training split."""
+    try:
+        if source.is_dir():
+            files = sorted(source.iterdir())
+        elif zipfile.is_zipfile(source):
+            files = [source / name for name in zipfile.ZipFile(source).namelist()]
+        elif tarfile.is_tarfile(source):
+            files = [source / name for name in tarfile.open(source).getnames()]
+        else:
+            files = [source]
+    except BROKEN as error:
+        raise InputError(f"{source}: broken or cut off: {error}")
+    found = {split: file for split, names in patterns.items() for name in names.split() for file in reversed(files)
+             if fnmatch.fnmatchcase(unpacked_name(file), name)}
+    if not found and files != [source]:
+        raise InputError(f"{source}: no file of this dataset here; looked for {', '.join(patterns.values())}")
+    return found or {"train": source}
 
 
 # -------------------------------------------------------------------- the offline demo: reviews written by a grammar

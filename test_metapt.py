@@ -8,6 +8,7 @@ The sanity checks, on a tiny T5 made here; nothing is downloaded. Run as a scrip
 import argparse
 import copy
 import ctypes
+import io
 import json
 import math
 import os
@@ -15,8 +16,10 @@ import random
 import statistics
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +384,74 @@ def test_read_sst(tmp_path):
             list(data.read_sst(path, 5))
 
 
+ZHANG_TRAPS = [  # a line of the official CSV, and the text that was written
+    ('"5","plain"', "plain"), ('"1","a, b\\nc\\n\\nd"', "a, b\nc\n\nd"), ('"2","he said \\""no\\""."', 'he said "no".'),
+    ('"3","\\""all quoted\\"""', '"all quoted"'), ('"4","ends in a backslash \\"', "ends in a backslash \\"),
+    ('"5","two ""quotes"""', 'two "quotes"'), ('"1","caf\u00e9 :\\\\nnext"', "caf\u00e9 :\\\nnext"), ('"2"," "', "")]
+
+
+def pack(path, files):
+    """Writes {name: text} as a .zip or a .tgz, or one text as a plain, .gz or .xz file."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+    elif path.suffix in (".tgz", ".tar"):
+        with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
+            for name, text in files.items():
+                content = text if isinstance(text, bytes) else text.encode()
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    else:
+        opener = {".gz": data.gzip.open, ".xz": data.lzma.open}.get(path.suffix, open)
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.write(next(iter(files.values())))
+    return path
+
+
+@pytest.mark.parametrize("name", ["yelp_review_full_csv.tgz", "yelp.zip", "train.csv", "train.csv.gz", "train.csv.xz"])
+def test_convert_yelp_packed_or_not(tmp_path, name, capsys):
+    train = "\n".join(line for line, _ in ZHANG_TRAPS) + "\n"
+    source = pack(tmp_path / name, {"yelp/train.csv": train, "yelp/readme.txt": "?", "yelp/test.csv": '"1","x"\n'})
+    data.main(["convert", "yelp5", "--input", str(source), "--out", str(tmp_path / "task")])
+    assert read_lines(tmp_path / "task" / "train.jsonl") == [
+        {"text": text, "label": int(line[1]) - 1} for line, text in ZHANG_TRAPS[:-1]]
+    assert (tmp_path / "task" / "test.jsonl").exists() == name.startswith("yelp")
+    assert "kept 7 for train: 2 terrible, 1 bad" in (out := capsys.readouterr().out) and "1 (empty text)" in out
+
+
+def test_read_amazon_joins_title_and_text(tmp_path):
+    path = pack(tmp_path / "train.csv", {"": '"2","Great","CD, \\""really\\"""\n"1","","no title"\n\n"1","only",""\n'})
+    assert list(data.read_zhang(path, 2)) == [('Great CD, "really"', 1), ("no title", 0), ("only", 0)]
+
+
+@pytest.mark.parametrize("line", ['"6","x"', '"5"', '"x","y"', '"1","a","b","c"', '"1","a" b', '"1","no end', "\xff"])
+def test_a_broken_csv_is_named_by_line_and_leaves_nothing(tmp_path, line):
+    (tmp_path / "train.csv").write_bytes(b'"5","fine"\n' + line.encode("latin1") + b"\n")
+    with pytest.raises(InputError, match=r"train.csv:2: not "):
+        data.convert("yelp5", tmp_path, tmp_path / "task", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
+
+
+def test_a_cut_off_download_is_an_error(tmp_path):
+    for name in ("train.csv.gz", "train.csv.xz"):
+        path = pack(tmp_path / name, {"": '"5","fine"\n' * 9})
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(InputError, match="broken or cut off"):
+            list(data.read_zhang(path, 5))
+
+
+def test_read_sst2_of_glue(tmp_path):
+    path = pack(tmp_path / "SST-2.zip", {"SST-2/train.tsv": 'sentence\tlabel\na "quote\t1\nfine \t0\n', "SST-2/dev.tsv":
+                                         "sentence\tlabel\nx\t1\n", "SST-2/test.tsv": "index\tsentence\n0\ty\n"})
+    assert data.find_splits(path, data.DATASETS["sst2"][2]) == {
+        "train": path / "SST-2/train.tsv", "test": path / "SST-2/dev.tsv"}
+    assert list(data.read_sst2(path / "SST-2/train.tsv")) == [('a "quote', 1), ("fine", 0)]
+    with pytest.raises(InputError, match="test.tsv:1: not GLUE"):
+        list(data.read_sst2(path / "SST-2/test.tsv"))
+
+
 def test_read_sentihood(tmp_path):
     def sentence(text, *sentiments):
         return {"id": 1, "text": text, "opinions": [{"sentiment": s, "aspect": "safety", "target_entity": "LOCATION1"}
@@ -631,7 +702,7 @@ def test_full_tuning_starts_every_run_from_the_same_weights(world, tmp_path):
     ("train_meta.py", ["--config", "{demo}/ft.json"], "has no flag --task"),
     ("finetune.py", ["--task", "{demo}/books", "--model", "{t5}", "--prompt", "nothing"], "nothing: not a prompt"),
     ("finetune.py", ["--task", "{demo}/books", "--model", "{demo}"], "cannot be loaded as a T5"),
-    ("data.py", ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no file of sst5 here"),
+    ("data.py", ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no file of this dataset here"),
 ])
 def test_bad_input_ends_in_one_line_and_status_2(world, tmp_path, script, flags, message):
     flags = [flag.format(demo=world, t5=world / "t5") for flag in flags]
