@@ -11,11 +11,14 @@ validation.jsonl. A line is an example, {"text": "...", "label": 0}, the label a
 """
 
 import argparse
+import array
 import collections
 import contextlib
 import csv
+import datetime
 import fnmatch
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -32,13 +35,16 @@ import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, T5Config,
+                          T5ForConditionalGeneration)
 from transformers.utils import logging as transformers_logging
 
 from metapt import InputError, Task, write_beside, write_json
@@ -116,10 +122,9 @@ def example_problem(example, task, labelled):
 
 
 def write_examples(path, examples):
-    """Writes JSON lines, packed where `path` ends in .gz; beside `path` first and then renamed."""
+    """Writes JSON lines, beside `path` first and then renamed."""
     def write(beside):
-        opener = gzip.open if Path(path).suffix == ".gz" else open
-        with opener(beside, "wt", encoding="utf-8") as file:
+        with open(beside, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
     write_beside(path, write)
 
@@ -307,6 +312,218 @@ def find_splits(source, patterns):
     if not found and files != [source]:
         raise InputError(f"{source}: no file of this dataset here; looked for {', '.join(patterns.values())}")
     return found or {"train": source}
+
+
+# ------------------------------------------------------------ pseudo-labels (Section 4.1): a labeller, then a corpus
+
+
+def load_classifier(name, device, **arguments):
+    """A sequence classifier by hub name or folder, and its tokenizer. Reads safetensors only. Raises InputError."""
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **arguments)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: cannot be loaded as a sequence classifier: {str(error).strip().splitlines()[0]}")
+
+
+@torch.no_grad()
+def classify(model, tokenize, texts, batch_size):
+    """Each text's label and its confidence, the label's probability: two lists. Texts of like length share a batch, so
+    that little is padded."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = (tokenize([texts[i] for i in order[j:j + batch_size]]) for j in range(0, len(texts), batch_size))
+    logits = torch.cat([model(**batch.to(model.device)).logits for batch in batches])
+    confidences, labels = logits.float().softmax(-1)[np.argsort(order)].max(-1)
+    return labels.tolist(), confidences.tolist()
+
+
+def train_labeller(args):
+    """The labeller of Section 5.1: fine-tunes a sequence classifier on a task folder and writes the best by validation
+    accuracy, with its tokenizer and the task, to the folder args.out. Validates on validation.jsonl, or where there is
+    none on args.validation training examples."""
+    out, folder, task = Path(args.out), Path(args.task), Task.load(args.task)
+    training, *validation = [[(" ".join(example[field] for field in task.fields), example["label"])
+                              for example in read_examples(folder / name, task)]
+                             for name in ("train.jsonl", "validation.jsonl") if (folder / name).exists()] or [[]]
+    np.random.default_rng(args.seed).shuffle(training)
+    texts, truths = zip(*(validation[0] if validation else training[:args.validation]))
+    training = training if validation else training[args.validation:]
+    if not training:
+        raise InputError(f"{folder / 'train.jsonl'}: no examples are left to train on; lower --validation")
+    model, tokenizer = load_classifier(
+        args.model, args.device, num_labels=len(task.words), ignore_mismatched_sizes=True)
+    tokenize = partial(tokenizer, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    total = args.max_steps or args.max_epochs * -(-len(training) // args.batch_size)
+    best, log = {"step": 0, "accuracy": -1.0}, []
+    torch.manual_seed(args.seed)
+    batches = (rows for _ in itertools.count() for rows in torch.randperm(len(training)).split(args.batch_size))
+    with StopSignal() as stop, tqdm(total=total, desc="labeller", disable=None) as bar:
+        for step, rows in enumerate(itertools.islice(batches, total), 1):
+            inputs, labels = zip(*(training[i] for i in rows))
+            optimizer.param_groups[0]["lr"] = args.learning_rate * linear_schedule(step - 1, total, args.warmup)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+                logits = model.train()(**tokenize(inputs).to(args.device)).logits
+            torch.nn.functional.cross_entropy(logits.float(), torch.tensor(labels).to(args.device)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            if stop or step % args.eval_every == 0 or step == total:
+                accuracy = np.mean(np.array(classify(model.eval(), tokenize, texts, 2 * args.batch_size)[0]) == truths)
+                log.append({"step": step, "accuracy": float(accuracy)})
+                if accuracy > best["accuracy"]:
+                    best = log[-1]
+                    with folder_beside(out) as beside:
+                        for part in (model, tokenizer):
+                            part.save_pretrained(beside)
+                        task.save(beside)
+                write_examples(out / "log.jsonl", log)
+                save_arguments(out / "arguments.json", args)
+                bar.set_postfix(accuracy=f"{accuracy:.3f}", best=f"{best['accuracy']:.3f}")
+            if stop:
+                raise KeyboardInterrupt(f"stopped at step {step:,}; {out} holds the best so far; --model {out} goes on")
+            if step - best["step"] >= args.patience * args.eval_every:
+                break
+    largest = max(truths.count(label) for label in truths) / len(truths)
+    print(f"wrote {out}: the labeller of step {best['step']:,} of {step:,}, validation accuracy "
+          f"{100 * best['accuracy']:.1f} % on {len(truths):,} examples (the largest class: {100 * largest:.1f} %)")
+
+
+# The ends of a corpus's units: a paragraph is a line, a sentence ends before a capital, but not in "Mr. A. Smith".
+UNITS = {"paragraph": r"\n", "sentence": r"""\n|(?:(?<=[.!?])|(?<=[.!?]["”')]))(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr)\.)"""
+                                         r"""(?<!\bMrs\.)\s+(?=["“'(]?[A-Z0-9])"""}
+
+
+def read_corpus(paths, unit, share=1.0):
+    """Yields the paragraphs or sentences of a random `share` of the documents in corpora: .txt and .jsonl files, or
+    tars of .txt files, in further tars or not, as OpenWebText is. None stands for no text. Raises InputError."""
+    rng = random.Random(0)
+    for document in itertools.chain.from_iterable(map(read_documents, paths)):
+        if rng.random() < share:
+            for text in [None] if document is None else re.split(UNITS[unit], document):
+                if text is None or text.strip():
+                    yield text and " ".join(text.split())
+
+
+def read_documents(path):
+    if not tarfile.is_tarfile(path):
+        yield from (example["text"] for example in read_examples(path, Task("corpus", TEMPLATE, WORDS[2]), False))
+        return
+    try:
+        with open(path, "rb") as file:
+            yield from read_tar(file)
+    except BROKEN as error:
+        raise InputError(f"{path}: broken or cut off: {error}")
+
+
+def read_tar(file):
+    """Yields the documents of a tar, and of the tars in it, from front to back; nothing is unpacked to disk."""
+    with tarfile.open(fileobj=file, mode="r|*") as tar:
+        for member in tar:
+            tar.members.clear()  # where every header would be kept
+            if member.name.endswith((".xz", ".gz", ".tar", ".tgz")):
+                yield from read_tar(tar.extractfile(member))
+            elif member.isfile():
+                try:
+                    yield tar.extractfile(member).read().decode("utf-8") if member.name.endswith(".txt") else None
+                except UnicodeDecodeError:
+                    yield None
+
+
+def pseudo_label(args):
+    """Section 4.1: labels a corpus, keeps what the labeller is sure of, and draws equally from every class. Each
+    process under torchrun labels its share; the first writes the one output. Raises InputError."""
+    rank, world = rank_and_world()
+    out, task = Path(args.out), Task.load(args.labeller)
+    if len(task.fields) != 1 or len(args.confidence) not in (1, len(task.words)):
+        raise InputError(f"{args.labeller}: --confidence takes 1 or {len(task.words)} values; a template, one field")
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model, tokenizer = load_classifier(args.labeller, args.device, dtype=dtype)
+    tokenize = partial(tokenizer, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [out / f"unbalanced-{i}-of-{world}.jsonl" for i in range(world)]
+    label_share(args, task, parts[rank], lambda texts: classify(model, tokenize, texts, args.batch_size))
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
+    kept, counts = balance(parts, task, args.per_class, args.seed)
+    states = [json.loads(part.with_suffix(".json").read_text(encoding="utf-8")) for part in parts]
+    funnel = dict(sum((collections.Counter(state["funnel"]) for state in states), collections.Counter())) | counts
+    examples = (json.loads(line) for part in parts for _, line in numbered_lines(part))
+    write_task(out, Task("source", task.template, task.words), {"examples": itertools.compress(examples, kept)})
+    save_arguments(out / "arguments.json", args)
+    write_json(out / "funnel.json", funnel)
+    print("\n".join(f"{count:14,} {step}" for step, count in funnel.items()))
+    print(f"wrote {out}: task.json and examples.jsonl, equally many of each of {len(task.words)} classes; "
+          f"{parts[0].name} {'and others hold' if world > 1 else 'holds'} those before balancing")
+
+
+def label_share(args, task, part, classify):
+    """Labels this process's texts of the corpus and appends those that it is sure of to the file `part`. A file beside
+    it says how far that went, so that the same command continues there."""
+    rank, world = rank_and_world()
+    settings = {name: getattr(args, name) for name in ("labeller", "unit", "share", "min_words", "max_words",
+                                                       "max_length", "confidence")}
+    settings["corpus"] = [[path, os.stat(path).st_size] for path in args.corpus]
+    progress = part.with_suffix(".json")
+    state = {"settings": settings, "bytes": 0, "done": False, "funnel": {"read": 0}}
+    if progress.exists() and not args.restart:
+        state = json.loads(progress.read_text(encoding="utf-8"))
+    if state["settings"] != settings:
+        raise InputError(f"{progress}: from another corpus or other flags; --restart begins anew")
+    funnel = collections.Counter(state["funnel"])
+    confidence = args.confidence * (len(task.words) if len(args.confidence) == 1 else 1)
+    texts = read_corpus(args.corpus, args.unit, args.share)
+    texts = itertools.islice(texts, rank + world * funnel["read"], None, world)
+    with StopSignal() as stop, open(part, "ab") as file, tqdm(
+            desc="pseudo-label", unit=" texts", initial=funnel["read"], disable=None) as bar:
+        file.truncate(state["bytes"])
+        file.seek(0, os.SEEK_END)
+        while not state["done"]:
+            block = list(itertools.islice(texts, 32 * args.batch_size))
+            words = [-1 if text is None else text.count(" ") + 1 for text in block]
+            fit = [text for text, n in zip(block, words) if args.min_words <= n <= args.max_words]
+            for text, label, p in zip(fit, *(classify(fit) if fit else ())):
+                example = {task.fields[0]: text, "label": label, "confidence": round(p, 4)}
+                if p >= confidence[label]:
+                    file.write((json.dumps(example, ensure_ascii=False) + "\n").encode())
+                funnel["unsure"] += p < confidence[label]
+            file.flush()
+            funnel.update({"read": len(block), "not text": words.count(-1), "too short": sum(
+                0 < n < args.min_words for n in words), "too long": sum(n > args.max_words for n in words)})
+            state.update(bytes=file.tell(), done=not block, funnel=funnel)
+            write_json(progress, state)
+            bar.update(len(block))
+            if stop and block:
+                raise KeyboardInterrupt(f"stopped after {funnel['read']:,} texts and saved; the same command continues")
+
+
+def balance(parts, task, per_class, seed):
+    """Which lines of the files `parts` to keep, [N] bool: no duplicates, and as many of every class, drawn at random,
+    as the smallest has or per_class says; and what became of all. Holds about 9 bytes a line. Raises InputError."""
+    hashes, labels = array.array("Q"), array.array("B")
+    for part in parts:
+        for _, line in numbered_lines(part):
+            example = json.loads(line)
+            text = example[task.fields[0]].lower().encode()
+            hashes.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"))
+            labels.append(example["label"])
+    labels = np.array(labels)
+    first = np.unique(np.array(hashes), return_index=True)[1]
+    sizes = np.bincount(labels[first], minlength=len(task.words))
+    if 0 in sizes:
+        raise InputError(f"{parts[0]}: none of class {task.words[sizes.argmin()]!r}; --restart with lower --confidence")
+    print("sure of: " + ", ".join(f"{size:,} {word}" for size, word in zip(sizes, task.words)))
+    kept = np.zeros(len(labels), dtype=bool)
+    for label in range(len(sizes)):
+        count = min(sizes.min(), per_class or sizes.min())
+        kept[np.random.default_rng(seed).choice(np.sort(first[labels[first] == label]), count, replace=False)] = True
+    return kept, {"duplicate": len(labels) - len(first), "dropped by balancing": len(first) - int(kept.sum()),
+                  "kept": int(kept.sum())}
 
 
 # -------------------------------------------------------------------- the offline demo: reviews written by a grammar
@@ -595,6 +812,13 @@ def report(message, status):
     return status
 
 
+def add_machine_flags(command):
+    command.add("--max-length", "tokens of a text at most; longer ones are cut", 256, type=int)
+    command.add("--seed", "of every draw", 1, type=int)
+    command.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
+    command.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -604,13 +828,45 @@ def main(argv=None):
     command.add("--out", "the task folder to write", required=True, metavar="FOLDER")
     command.add("--test-share", "where there is no test file: the share of the training split to test on", 0.0,
                 type=float)
+    command = commands.add_parser("labeller", help="fine-tunes a sequence classifier on a task")
+    command.add("--task", "the task folder to train on", required=True, metavar="FOLDER")
+    command.add("--model", "a sequence classifier's base by hub name or folder", "FacebookAI/roberta-base")
+    command.add("--out", "the folder to write", required=True, metavar="FOLDER")
+    command.add("--learning-rate", "AdamW's", 2e-5, type=float)
+    command.add("--warmup", "steps until the learning rate is reached; then it falls to 0", 500, type=int)
+    command.add("--batch-size", "examples of a step", 32, type=int)
+    command.add("--max-epochs", "epochs at most", 3, type=int)
+    command.add("--max-steps", "steps at most (default: as --max-epochs says)", type=int)
+    command.add("--eval-every", "steps between validations", 1000, type=int)
+    command.add("--patience", "validations without a better one until it stops", 5, type=int)
+    command.add("--validation", "training examples to validate on where there is no validation.jsonl", 5000, type=int)
+    add_machine_flags(command)
+    command = commands.add_parser("pseudo-label", help="labels a corpus: source data")
+    command.add("--labeller", "the folder that `labeller` wrote", required=True, metavar="FOLDER")
+    command.add("--corpus", "OpenWebText's tar, other tars of .txt files, .txt or .jsonl files; packed or not",
+                required=True, nargs="+", metavar="FILE")
+    command.add("--out", "the source folder to write", required=True, metavar="FOLDER")
+    command.add("--unit", "what becomes an example", "paragraph", choices=["paragraph", "sentence"])
+    command.add("--share", "the share of the documents to read, drawn at random", 1.0, type=float)
+    command.add("--min-words", "shorter texts are dropped", 5, type=int)
+    command.add("--max-words", "longer texts are dropped", 200, type=int)
+    command.add("--confidence", "the least probability to keep a text: one value, or one for each class", [0.9],
+                type=float, nargs="+")
+    command.add("--per-class", "examples of each class at most (default: as many as the smallest class has)", type=int)
+    command.add("--batch-size", "texts of a forward pass", 64, type=int)
+    command.add("--restart", "begins anew where an earlier run could be continued", False, action="store_true")
+    add_machine_flags(command)
     command = commands.add_parser("demo", help="makes the offline demo")
     command.add("--out", "the folder to write", "demo", metavar="FOLDER")
     command.add("--max-steps", "steps of pre-training its T5", 1500, type=int)
     command.add("--restart", "makes it anew", False, action="store_true")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.command == "convert":
         convert(args.dataset, args.input, args.out, args.test_share)
+    elif args.command == "labeller":
+        train_labeller(args)
+    elif args.command == "pseudo-label":
+        pseudo_label(args)
     else:
         print(f"wrote {demo(args.out, args.max_steps, args.restart)}/: now python train_meta.py, python finetune.py")
 
