@@ -521,7 +521,7 @@ def balance(parts, task, per_class, seed):
     kept = np.zeros(len(labels), dtype=bool)
     for label in range(len(sizes)):
         count = min(sizes.min(), per_class or sizes.min())
-        kept[np.random.default_rng(seed).choice(np.sort(first[labels[first] == label]), count, replace=False)] = True
+        kept[np.random.default_rng(seed).permutation(np.sort(first[labels[first] == label]))[:count]] = True
     return kept, {"duplicate": len(labels) - len(first), "dropped by balancing": len(first) - int(kept.sum()),
                   "kept": int(kept.sum())}
 
