@@ -10,6 +10,7 @@ source, the source's task.json is copied beside it. Embeddings are stored beside
 is read line by line, more than once, and never held in memory.
 """
 
+import array
 import collections
 import hashlib
 import itertools
@@ -23,6 +24,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sklearn.decomposition import LatentDirichletAllocation
 from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.manifold import TSNE
 from tqdm import tqdm
 
 import data
@@ -40,9 +42,9 @@ def blocks(texts, size):
 
 
 def survey(source, task, words):
-    """One pass over the source: its labels [N], a digest of its texts, and a counter of words over their number of
-    texts, without English stop words. Raises InputError, so that nothing later meets a broken line."""
-    labels, digest, counts = [], hashlib.sha256(), collections.Counter()
+    """One pass over the source: its labels [N], a digest of its texts, and the `words` words that most of them hold,
+    without English stop words. Raises InputError, so that nothing later meets a broken line."""
+    labels, digest, counts = array.array("q"), hashlib.sha256(), collections.Counter()
     analyze = CountVectorizer(stop_words="english").build_analyzer()
     for example in tqdm(data.read_examples(source, task), "reading", disable=None):
         text = " ".join(example[field] for field in task.fields)
@@ -51,7 +53,7 @@ def survey(source, task, words):
         counts.update(set(analyze(text)))
         if len(counts) > 100 * words:  # to bound the memory: rare words are not among the most frequent
             counts = collections.Counter(dict(counts.most_common(50 * words)))
-    return np.array(labels, dtype=np.int16), digest, counts
+    return np.array(labels), digest, [word for word, _ in counts.most_common(words)] or ["none"]
 
 
 def embed(texts, count, path, encoder, device, size=20_000):
@@ -114,7 +116,7 @@ def describe(texts, clusters, distances, labels, words, vectorizer):
     for block in blocks(texts, 10_000):
         matrix = vectorizer.transform(block)
         for row, name in enumerate(names):
-            counts[row] += np.asarray(matrix[clusters[start:start + len(block)] == name].sum(0))[0]
+            counts[row] += np.asarray(matrix[clusters[start:start + len(block)] == name].sign().sum(0))[0]
         found.update((i, block[i - start]) for i in wanted & set(range(start, start + len(block))))
         start += len(block)
     rest = counts.sum(0) - counts
@@ -136,17 +138,14 @@ def draw(path, embeddings, panels, seed, sample=3000):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from sklearn.manifold import TSNE
     rows = np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:sample])
-    perplexity = min(30, (len(rows) - 1) / 3)
-    points = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(embeddings[rows])
+    points = TSNE(perplexity=min(30, len(rows) / 4), random_state=seed).fit_transform(embeddings[rows])
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 7.5), squeeze=False)
     for axis, (title, clusters, words) in zip(axes[0], panels):
-        colours = pyplot.get_cmap("tab10" if len(words) <= 10 else "tab20" if len(words) <= 20 else "gist_ncar")
+        colours = pyplot.get_cmap("tab10" if len(words) <= 10 else "gist_ncar", max(10, len(words)))
         for i, name in enumerate(words):
-            members = points[clusters[rows] == name]
-            colour = colours(i) if len(words) <= 20 else colours(i / len(words))
-            axis.scatter(*members.T, s=6, color=colour, linewidths=0, label=f"{name}: {', '.join(words[name][:3])}")
+            axis.scatter(*points[clusters[rows] == name].T, s=6, color=colours(i), linewidths=0,
+                         label=f"{name}: {', '.join(words[name][:3])}")
         axis.set(title=title, xticks=[], yticks=[])
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=9, markerscale=3, frameon=False)
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -166,12 +165,50 @@ def check_sizes(source, clusters, least, drop_small):
     return sizes[clusters] >= least
 
 
+def make_meta_tasks(args):
+    """Clusters args.source by args.method, for every number of clusters in args.k."""
+    source, task, sizes = Path(args.source), Task.load(Path(args.source).parent), np.atleast_1d(args.k).tolist()
+    labels, digest, words = survey(source, task, args.vocabulary)
+    if not all(2 <= k <= len(labels) for k in sizes):
+        raise InputError(f"{source}: {len(labels):,} examples cannot make {sizes} clusters; change --k")
+    vectorizer, texts = CountVectorizer(vocabulary=words), lambda: read_texts(source, task)
+    if args.method == "kmeans" or args.figure:
+        files = [(str(file), file.stat().st_mtime_ns) for file in sorted(Path(args.encoder).glob("*"))]
+        digest.update(json.dumps([args.encoder, files]).encode())
+        path = source.with_name(f"{data.unpacked_name(source)}.{digest.hexdigest()[:12]}.npy")
+        embeddings = embed(texts(), len(labels), path, args.encoder, args.device)
+    panels = []
+    for k in sizes:
+        distances = np.zeros(len(labels))
+        if args.method == "kmeans":
+            clusters, distances = kmeans(embeddings, k, args.seed)
+        elif args.method == "lda":
+            clusters, distances = lda(texts, len(labels), vectorizer, k, args.seed)
+        elif args.method == "random":
+            clusters = np.random.default_rng(args.seed).permutation(len(labels)) % k
+        else:
+            clusters = labels
+        kept = check_sizes(source, clusters, args.min_size or 640 // k + 8, args.drop_small)
+        telling = describe(texts(), clusters, distances, labels, task.words, vectorizer)
+        panels.append((f"{args.method}, {len(telling)} clusters", clusters, telling))
+        out = Path(args.out or source.with_name(f"{args.method}{'' if args.method == 'label' else k}.jsonl"))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        data.write_examples(out, ({**example, "cluster": int(name)} for example, name, keep in zip(
+            data.read_examples(source, task), clusters, kept) if keep))
+        if out.parent != source.parent:
+            task.save(out.parent)
+        data.save_arguments(out.with_suffix(".json"), args)
+        print(f"wrote {out}: {kept.sum():,} examples in {len(np.unique(clusters[kept]))} clusters")
+    if args.figure:
+        draw(args.figure, embeddings, panels, args.seed)
+
+
 def main(argv=None):
     parser = data.Parser(__doc__)
     parser.add_config_flag()
     parser.add("--source", "the examples to cluster, JSON lines with a task.json beside them", metavar="FILE")
     parser.add("--method", "how to cluster", "kmeans", choices=["kmeans", "lda", "random", "label"])
-    parser.add("--k", "clusters; several numbers write a file each (label: one for each label)", [10], type=int, nargs="+")
+    parser.add("--k", "clusters; several numbers write a file each (label: one a label)", [10], type=int, nargs="+")
     parser.add("--encoder", "a sentence-BERT by hub name or folder", "sentence-transformers/all-MiniLM-L6-v2")
     parser.add("--figure", "draws the clusters by t-SNE of the embeddings, a panel for each k", metavar="FILE")
     parser.add("--min-size", "examples that a cluster must have (default: 640 / k + 8, which train_meta.py holds out "
@@ -182,46 +219,9 @@ def main(argv=None):
     parser.add("--device", "where the encoder runs", "cuda" if torch.cuda.is_available() else "cpu")
     parser.add("--out", "the file to write (default: METHOD and K.jsonl beside the source)", metavar="FILE")
     args = parser.parse(argv)
-    sizes = np.atleast_1d(args.k).tolist()
-    if not args.source or args.out and len(sizes) > 1:
+    if not args.source or args.out and np.size(args.k) > 1:
         parser.error("--source FILE is needed, and --out goes with one k")
-    source = Path(args.source)
-    task = Task.load(source.parent)
-    labels, digest, counts = survey(source, task, args.vocabulary)
-    if not all(2 <= k <= len(labels) for k in sizes):
-        raise InputError(f"{source}: {len(labels):,} examples cannot make {sizes} clusters; change --k")
-    words = [word for word, count in counts.most_common(args.vocabulary) if count > 1] or ["none"]
-    vectorizer = CountVectorizer(vocabulary=words)
-
-    if args.method == "kmeans" or args.figure:
-        files = [(str(file), file.stat().st_mtime_ns) for file in sorted(Path(args.encoder).glob("*"))]
-        digest.update(json.dumps([args.encoder, files]).encode())
-        path = source.with_name(f"{data.unpacked_name(source)}.{digest.hexdigest()[:12]}.npy")
-        embeddings = embed(read_texts(source, task), len(labels), path, args.encoder, args.device)
-    panels = []
-    for k in sizes:
-        distances = np.zeros(len(labels))
-        if args.method == "kmeans":
-            clusters, distances = kmeans(embeddings, k, args.seed)
-        elif args.method == "lda":
-            clusters, distances = lda(lambda: read_texts(source, task), len(labels), vectorizer, k, args.seed)
-        elif args.method == "random":
-            clusters = np.random.default_rng(args.seed).permutation(len(labels)) % k
-        else:
-            clusters = labels.astype(int)
-        kept = check_sizes(source, clusters, args.min_size or 640 // k + 8, args.drop_small)
-        telling = describe(read_texts(source, task), clusters, distances, labels, task.words, vectorizer)
-        panels.append((f"{args.method}, {len(telling)} clusters", clusters, telling))
-        out = Path(args.out or source.with_name(f"{args.method}{'' if args.method == 'label' else k}.jsonl"))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        data.write_examples(out, ({**example, "cluster": int(cluster)} for example, cluster, keep in zip(
-            data.read_examples(source, task), clusters, kept) if keep))
-        if out.parent != source.parent:
-            task.save(out.parent)
-        data.save_arguments(out.with_suffix(".json"), args)
-        print(f"wrote {out}: {kept.sum():,} examples in {len(np.unique(clusters[kept]))} clusters")
-    if args.figure:
-        draw(args.figure, embeddings, panels, args.seed)
+    make_meta_tasks(args)
 
 
 if __name__ == "__main__":

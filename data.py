@@ -342,14 +342,15 @@ def train_labeller(args):
     accuracy, with its tokenizer and the task, to the folder args.out. Validates on validation.jsonl, or where there is
     none on args.validation training examples."""
     out, folder, task = Path(args.out), Path(args.task), Task.load(args.task)
-    training, *validation = [[(" ".join(example[field] for field in task.fields), example["label"])
-                              for example in read_examples(folder / name, task)]
-                             for name in ("train.jsonl", "validation.jsonl") if (folder / name).exists()] or [[]]
-    np.random.default_rng(args.seed).shuffle(training)
-    texts, truths = zip(*(validation[0] if validation else training[:args.validation]))
-    training = training if validation else training[args.validation:]
-    if not training:
-        raise InputError(f"{folder / 'train.jsonl'}: no examples are left to train on; lower --validation")
+    splits = [[(" ".join(example[field] for field in task.fields), example["label"])
+               for example in read_examples(folder / name, task)]
+              for name in ("train.jsonl", "validation.jsonl") if name == "train.jsonl" or (folder / name).exists()]
+    if len(splits) == 1:
+        np.random.default_rng(args.seed).shuffle(splits[0])
+        splits = splits[0][args.validation:], splits[0][:args.validation]
+    if not all(splits):
+        raise InputError(f"{folder}: no examples to train on or none to validate on; change --validation")
+    training, (texts, truths) = splits[0], zip(*splits[1])
     model, tokenizer = load_classifier(
         args.model, args.device, num_labels=len(task.words), ignore_mismatched_sizes=True)
     tokenize = partial(tokenizer, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
@@ -365,7 +366,6 @@ def train_labeller(args):
             with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
                 logits = model.train()(**tokenize(inputs).to(args.device)).logits
             torch.nn.functional.cross_entropy(logits.float(), torch.tensor(labels).to(args.device)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
@@ -375,8 +375,8 @@ def train_labeller(args):
                 if accuracy > best["accuracy"]:
                     best = log[-1]
                     with folder_beside(out) as beside:
-                        for part in (model, tokenizer):
-                            part.save_pretrained(beside)
+                        model.save_pretrained(beside)
+                        tokenizer.save_pretrained(beside)
                         task.save(beside)
                 write_examples(out / "log.jsonl", log)
                 save_arguments(out / "arguments.json", args)
@@ -470,9 +470,9 @@ def label_share(args, task, part, classify):
                                                        "max_length", "confidence")}
     settings["corpus"] = [[path, os.stat(path).st_size] for path in args.corpus]
     progress = part.with_suffix(".json")
-    state = {"settings": settings, "bytes": 0, "done": False, "funnel": {"read": 0}}
-    if progress.exists() and not args.restart:
-        state = json.loads(progress.read_text(encoding="utf-8"))
+    if args.restart or not progress.exists():
+        write_json(progress, {"settings": settings, "bytes": 0, "done": False, "funnel": {"read": 0}})
+    state = json.loads(progress.read_text(encoding="utf-8"))
     if state["settings"] != settings:
         raise InputError(f"{progress}: from another corpus or other flags; --restart begins anew")
     funnel = collections.Counter(state["funnel"])
