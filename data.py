@@ -1,19 +1,26 @@
 """
 Source data and downstream tasks (Sections 4.1 and 5.1, Appendix C): official files in, JSON lines out.
 
-    python data.py convert sst5 --input trees/ --out tasks/sst5                  # also sst2
-    python data.py convert sentihood --input sentihood/ --out tasks/sentihood
-    python data.py convert semeval_restaurant --input semeval/ --out tasks/semeval_restaurant   # also semeval_laptop
-    python data.py demo                                                          # the offline demo, in demo/
+    python data.py convert yelp5 --input yelp_review_full_csv.tgz --out tasks/yelp5    # or any other dataset
+    python data.py labeller --task tasks/yelp5 --out labeller                          # RoBERTa, for pseudo-labels
+    python data.py pseudo-label --labeller labeller --corpus openwebtext.tar.xz --out source
+    python data.py demo                                                                # the offline demo, in demo/
 
 A task is a folder: task.json (the template and the words), train.jsonl, test.jsonl and, where the dataset has one,
 validation.jsonl. A line is an example, {"text": "...", "label": 0}, the label an index into the words.
 """
 
 import argparse
+import array
 import collections
+import contextlib
+import csv
+import datetime
+import fnmatch
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import lzma
 import os
@@ -23,16 +30,23 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+import zipfile
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, T5Config,
+                          T5ForConditionalGeneration)
 from transformers.utils import logging as transformers_logging
 
 from metapt import InputError, Task, write_beside, write_json
@@ -41,35 +55,60 @@ transformers_logging.disable_progress_bar()  # the scripts have their own
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 TEMPLATE = "{text} It was {mask}"  # the paper's, Section 3
+BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile)
 WORDS = {5: ["terrible", "bad", "okay", "good", "great"], 3: ["bad", "okay", "good"], 2: ["bad", "good"]}
 
 # ------------------------------------------------------------------------------------------- examples as JSON lines
 
 
-def open_text(path):
-    """A text file for reading; .gz and .xz are unpacked as they are read."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
-    return opener(path, "rt", encoding="utf-8")
+def open_packed(path):
+    """A file for reading bytes; .gz and .xz are unpacked as they are read. A path may lead into a .zip or a tar, packed
+    or not, as SST-2.zip/SST-2/train.tsv does."""
+    path = Path(path)
+    archive = next((parent for parent in path.parents if parent.is_file()), None)
+    if archive is None:
+        file = open(path, "rb")
+    elif zipfile.is_zipfile(archive):
+        file = zipfile.ZipFile(archive).open(path.relative_to(archive).as_posix())
+    else:
+        tar = tarfile.open(archive, "r|*")  # read once from front to back
+        file = next(tar.extractfile(member) for member in tar if archive / member.name == path)
+    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
+    return io.BufferedReader(unpack(file, "rb") if unpack else file, 2**20)
+
+
+def numbered_lines(path):
+    """Yields (number, line) of a UTF-8 text file as open_packed reads it. Raises InputError with file and line."""
+    number = 0
+    try:
+        with open_packed(path) as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{number}: not UTF-8 text: {error}")
+    except BROKEN as error:
+        raise InputError(f"{path}:{number + 1}: broken or cut off here: {error}")
 
 
 def read_examples(path, task, labelled=True):
-    """Yields the examples of a .jsonl file (or .jsonl.gz, .jsonl.xz), or of a .txt file with a text on each line.
+    """Yields the examples of a .jsonl file, or of a .txt file with a text on each line; .gz and .xz too.
     Every field of the task's template must be there and, where `labelled`, a label that is an index into its words.
     Raises InputError with the file and the line."""
-    plain = Path(path).suffix == ".txt"
-    try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                example = {"text": line.strip()} if plain else json.loads(line)
-                if problem := example_problem(example, task, labelled):
-                    raise InputError(f"{path}:{number}: {problem}")
-                yield example
-    except json.JSONDecodeError as error:
-        raise InputError(f'{path}:{number}: not a JSON object, as {{"text": "...", "label": 0}}: {error}')
-    except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}")
+    plain = unpacked_name(path).endswith(".txt")
+    for number, line in numbered_lines(path):
+        if not line.strip():
+            continue
+        try:
+            example = {"text": line.strip()} if plain else json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f'{path}:{number}: not a JSON object, as {{"text": "...", "label": 0}}: {error}')
+        if problem := example_problem(example, task, labelled):
+            raise InputError(f"{path}:{number}: {problem}")
+        yield example
+
+
+def unpacked_name(path):
+    return re.sub(r"\.(gz|xz)$", "", Path(path).name)
 
 
 def example_problem(example, task, labelled):
@@ -94,10 +133,21 @@ def write_examples(path, examples):
 
 def write_task(folder, task, splits):
     """Writes task.json and a .jsonl file for each split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, examples in splits.items():
-        write_examples(folder / f"{split}.jsonl", examples)
-    task.save(folder)
+    with folder_beside(folder) as beside:
+        for split, examples in splits.items():
+            write_examples(beside / f"{split}.jsonl", examples)
+        task.save(beside)
+
+
+@contextlib.contextmanager
+def folder_beside(folder):
+    """A new folder to fill, whose files move to `folder` at the end: all of them, or on an error none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        yield Path(beside)
+        folder.mkdir(exist_ok=True)
+        for file in Path(beside).iterdir():
+            os.replace(file, folder / file.name)
 
 
 def few_shot(examples, shots, seed, validation_shots=None, balanced=False):
@@ -125,36 +175,62 @@ def few_shot(examples, shots, seed, validation_shots=None, balanced=False):
 def read_sst(path, classes):
     """Stanford Sentiment Treebank, one bracketed tree a line; the root's digit is the grade. With 2 classes the
     neutral sentences are dropped."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            tokens = re.findall(r"\([0-4] ([^()]+)\)", line)
-            if not re.match(r"\s*\([0-4] ", line) or not tokens or line.count("(") != line.count(")"):
-                raise InputError(f"{path}:{number}: not a tree, as (3 (2 It) (4 works)); give the folder of the "
-                                 "official trees")
-            text = " ".join(tokens).replace("\xa0", " ").replace("-LRB-", "(").replace("-RRB-", ")")
-            grade = int(line.lstrip()[1])
-            label = grade if classes == 5 else {0: 0, 1: 0, 3: 1, 4: 1}.get(grade, "neutral")
-            yield re.sub(r"\\([/*])", r"\1", text), label
+    for number, line in numbered_lines(path):
+        if not line.strip():
+            continue
+        tokens = re.findall(r"\([0-4] ([^()]+)\)", line)
+        if not re.match(r"\s*\([0-4] ", line) or not tokens or line.count("(") != line.count(")"):
+            raise InputError(f"{path}:{number}: not a tree, as (3 (2 It) (4 works)); give the official trees")
+        text = " ".join(tokens).replace("\xa0", " ").replace("-LRB-", "(").replace("-RRB-", ")")
+        grade = int(line.lstrip()[1])
+        label = grade if classes == 5 else {0: 0, 1: 0, 3: 1, 4: 1}.get(grade, "neutral")
+        yield re.sub(r"\\([/*])", r"\1", text), label
+
+
+def read_sst2(path):
+    """SST-2 from the trees, or from GLUE's .tsv with its header, where quotes are text like any other."""
+    if not unpacked_name(path).endswith(".tsv"):
+        yield from read_sst(path, 2)
+        return
+    for number, line in numbered_lines(path):
+        text, _, label = line.rstrip("\r\n").rpartition("\t")
+        if (text, label) != ("sentence", "label") if number == 1 else label not in ("0", "1"):
+            raise InputError(f"{path}:{number}: not GLUE's sentence, tab, label; give its train.tsv and dev.tsv")
+        if number > 1:
+            yield text.strip(), int(label)
+
+
+def read_zhang(path, classes):
+    """Yelp and Amazon reviews of Zhang et al. (2015): the class from 1, then the text, or a title and the text. Quotes
+    are doubled, as in any CSV, and have a backslash before them too; a backslash and an n are a new line."""
+    rows = csv.reader((line for _, line in numbered_lines(path)), strict=True)
+    labels = {str(label + 1): label for label in range(classes)}
+    try:
+        for row in filter(None, rows):
+            if len(row) not in (2, 3) or row[0] not in labels:
+                raise InputError(f"{path}:{rows.line_num}: not a class from 1 to {classes} and one or two texts")
+            texts = [text.replace('\\"', '"').replace("\\n", "\n").strip() for text in row[1:]]
+            yield " ".join(filter(None, texts)), labels[row[0]]
+    except csv.Error as error:
+        raise InputError(f"{path}:{rows.line_num}: not the CSV of the official files: {error}")
 
 
 def read_sentihood(path):
     """SentiHood: a JSON array of sentences with opinions on aspects. A sentence is kept where they all agree."""
     try:
-        sentences = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        sentences = json.loads(open_packed(path).read().decode("utf-8-sig"))
         for item in sentences:
             yield item["text"].strip(), agreed([opinion["sentiment"] for opinion in item["opinions"]],
                                                {"Negative": 0, "Positive": 1})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, *BROKEN) as error:
         raise InputError(f"{path}: not the array of SentiHood, [{{text, opinions: [{{sentiment}}]}}]: {error!r}")
 
 
 def read_semeval(path):
     """SemEval-2016 task 5, subtask 1: XML with opinions in each sentence. A sentence is kept where they all agree."""
     try:
-        root = ElementTree.fromstring(Path(path).read_bytes())  # bytes, so that the XML names its own encoding
-    except ElementTree.ParseError as error:
+        root = ElementTree.fromstring(open_packed(path).read())  # bytes, so that the XML names its own encoding
+    except (ElementTree.ParseError, *BROKEN) as error:
         raise InputError(f"{path}: not the XML of SemEval-2016 task 5: {error}")
     for sentence in root.iter("sentence"):
         text = (sentence.findtext("text") or "").strip()
@@ -174,10 +250,15 @@ def agreed(opinions, labels):
     return labels[opinions[0]] if len(set(opinions)) == 1 else "mixed opinions"
 
 
-# Appendix C: task -> classes, reader, and how the official file of each split is called
+# Appendix C: task -> classes, reader, and how the official file of each split may be called
+TREES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
+ZHANG = {"train": "train.csv", "test": "test.csv"}
 DATASETS = {
-    "sst5": (5, lambda path: read_sst(path, 5), {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}),
-    "sst2": (2, lambda path: read_sst(path, 2), {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}),
+    "sst5": (5, lambda path: read_sst(path, 5), TREES),
+    "sst2": (2, read_sst2, {"train": "train.txt train.tsv", "validation": "dev.txt", "test": "test.txt dev.tsv"}),
+    "yelp5": (5, lambda path: read_zhang(path, 5), ZHANG),
+    "amazon5": (5, lambda path: read_zhang(path, 5), ZHANG),
+    "amazon2": (2, lambda path: read_zhang(path, 2), ZHANG),
     "sentihood": (2, read_sentihood, {"train": "*train*.json", "validation": "*dev*.json", "test": "*test*.json"}),
     "semeval_restaurant": (3, read_semeval, {"train": "*Rest*Train*.xml", "test": "*REST*TEST*.gold"}),
     "semeval_laptop": (3, read_semeval, {"train": "*Lap*Train*.xml", "test": "*LAPT*TEST*.gold"}),
@@ -185,46 +266,266 @@ DATASETS = {
 
 
 def convert(name, source, out, test_share):
-    """Writes the task folder `out` from a dataset's official file or the folder of them, and prints what of each
-    split was kept and what was dropped, and why."""
+    """Writes the task folder `out` from a dataset's official file, the folder of them or the archive of them, and
+    prints what of each split was kept and what was dropped, and why."""
     classes, reader, patterns = DATASETS[name]
-    source, out = Path(source), Path(out)
-    if source.is_file():
-        split = next((split for split in ("test", "dev", "train") if split in source.name.lower()), "train")
-        files = {{"dev": "validation"}.get(split, split): source}
-    else:
-        files = {split: next(iter(sorted(source.glob(pattern))), None) for split, pattern in patterns.items()}
-        files = {split: path for split, path in files.items() if path}
-    if not files:
-        raise InputError(f"{source}: no file of {name} here; looked for {', '.join(patterns.values())}")
-    splits = {}
+    files = find_splits(Path(source), patterns)
+    counts = {split: collections.Counter() for split in files}  # of labels, and of reasons to drop
+
+    def examples(split):
+        counts[split].clear()
+        for text, label in tqdm(reader(files[split]), f"{name} {split}", unit=" lines", disable=None):
+            label = "empty text" if not text and type(label) is int else label
+            counts[split][label] += 1
+            if type(label) is int:
+                yield {"text": text, "label": label}
+
+    splits = {split: examples(split) for split in files}
+    if test_share and "test" not in splits:  # a random share, always the same, drawn once their number is known
+        count = sum(1 for _ in examples("train"))
+        test = np.random.default_rng(0).permutation(count) < round(test_share * count)
+        splits["train"] = itertools.compress(examples("train"), ~test)
+        splits["test"] = itertools.compress(examples("train"), test)
+        print(f"no test file: {test.sum():,} of the training examples are drawn to be the test split")
+    write_task(Path(out), Task(name, TEMPLATE, WORDS[classes]), splits)
     for split, path in files.items():
-        examples, dropped = [], collections.Counter()
-        for text, label in reader(path):
-            if isinstance(label, str) or not text:
-                dropped[label if isinstance(label, str) else "empty text"] += 1
-            else:
-                examples.append({"text": text, "label": label})
-        splits[split] = examples
-        print(f"{path}: kept {len(examples):,} for {split}: {class_counts(examples, WORDS[classes])}; dropped "
-              + (", ".join(f"{count:,} ({why})" for why, count in dropped.items()) or "none"))
-    if test_share and "test" not in splits:
-        splits["test"], splits["train"] = divide(splits["train"], test_share)
-        print(f"no test file: {len(splits['test']):,} of the training examples were drawn to be the test split")
-    write_task(out, Task(name, TEMPLATE, WORDS[classes]), splits)
+        kept = {word: counts[split].pop(label, 0) for label, word in enumerate(WORDS[classes])}
+        print(f"{path}: kept {sum(kept.values()):,} for {split}: "
+              + ", ".join(f"{count:,} {word}" for word, count in kept.items()) + "; dropped "
+              + (", ".join(f"{count:,} ({why})" for why, count in counts[split].items()) or "none"))
     print(f"wrote {out}: task.json and {', '.join(f'{split}.jsonl' for split in splits)}")
 
 
-def class_counts(examples, words):
-    counts = collections.Counter(example["label"] for example in examples)
-    return ", ".join(f"{counts[label]:,} {word}" for label, word in enumerate(words))
+def find_splits(source, patterns):
+    """The official file of each split in a folder, a .zip or a tar; a file of another name is the training split."""
+    try:
+        if source.is_dir():
+            files = sorted(source.iterdir())
+        elif zipfile.is_zipfile(source):
+            files = [source / name for name in zipfile.ZipFile(source).namelist()]
+        elif tarfile.is_tarfile(source):
+            files = [source / name for name in tarfile.open(source).getnames()]
+        else:
+            files = [source]
+    except BROKEN as error:
+        raise InputError(f"{source}: broken or cut off: {error}")
+    found = {split: file for split, names in patterns.items() for name in names.split() for file in reversed(files)
+             if fnmatch.fnmatchcase(unpacked_name(file), name)}
+    if not found and files != [source]:
+        raise InputError(f"{source}: no file of this dataset here; looked for {', '.join(patterns.values())}")
+    return found or {"train": source}
 
 
-def divide(examples, share):
-    """A random `share` of the examples, always the same, and the others."""
-    order = np.random.default_rng(0).permutation(len(examples))
-    cut = round(share * len(examples))
-    return [examples[i] for i in order[:cut]], [examples[i] for i in order[cut:]]
+# ------------------------------------------------------------ pseudo-labels (Section 4.1): a labeller, then a corpus
+
+
+def load_classifier(name, device, **arguments):
+    """A sequence classifier by hub name or folder, and its tokenizer. Reads safetensors only. Raises InputError."""
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **arguments)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: cannot be loaded as a sequence classifier: {str(error).strip().splitlines()[0]}")
+
+
+@torch.no_grad()
+def classify(model, tokenize, texts, batch_size):
+    """Each text's label and its confidence, the label's probability: two lists. Texts of like length share a batch, so
+    that little is padded."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = (tokenize([texts[i] for i in order[j:j + batch_size]]) for j in range(0, len(texts), batch_size))
+    logits = torch.cat([model(**batch.to(model.device)).logits for batch in batches])
+    confidences, labels = logits.float().softmax(-1)[np.argsort(order)].max(-1)
+    return labels.tolist(), confidences.tolist()
+
+
+def train_labeller(args):
+    """The labeller of Section 5.1: fine-tunes a sequence classifier on a task folder and writes the best by validation
+    accuracy, with its tokenizer and the task, to the folder args.out. Validates on validation.jsonl, or where there is
+    none on args.validation training examples."""
+    out, folder, task = Path(args.out), Path(args.task), Task.load(args.task)
+    splits = [[(" ".join(example[field] for field in task.fields), example["label"])
+               for example in read_examples(folder / name, task)]
+              for name in ("train.jsonl", "validation.jsonl") if name == "train.jsonl" or (folder / name).exists()]
+    if len(splits) == 1:
+        np.random.default_rng(args.seed).shuffle(splits[0])
+        splits = splits[0][args.validation:], splits[0][:args.validation]
+    if not all(splits):
+        raise InputError(f"{folder}: no examples to train on or none to validate on; change --validation")
+    training, (texts, truths) = splits[0], zip(*splits[1])
+    torch.manual_seed(args.seed)  # of the classifier's new layer too
+    model, tokenizer = load_classifier(
+        args.model, args.device, num_labels=len(task.words), ignore_mismatched_sizes=True)
+    tokenize = partial(tokenizer, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    total = args.max_steps or args.max_epochs * -(-len(training) // args.batch_size)
+    best, log = {"step": 0, "accuracy": -1.0}, []
+    batches = (rows for _ in itertools.count() for rows in torch.randperm(len(training)).split(args.batch_size))
+    with StopSignal() as stop, tqdm(total=total, desc="labeller", disable=None) as bar:
+        for step, rows in enumerate(itertools.islice(batches, total), 1):
+            inputs, labels = zip(*(training[i] for i in rows))
+            optimizer.param_groups[0]["lr"] = args.learning_rate * linear_schedule(step - 1, total, args.warmup)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+                logits = model.train()(**tokenize(inputs).to(args.device)).logits
+            torch.nn.functional.cross_entropy(logits.float(), torch.tensor(labels).to(args.device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            if stop or step % args.eval_every == 0 or step == total:
+                accuracy = np.mean(np.array(classify(model.eval(), tokenize, texts, 2 * args.batch_size)[0]) == truths)
+                log.append({"step": step, "accuracy": float(accuracy)})
+                if accuracy > best["accuracy"]:
+                    best = log[-1]
+                    with folder_beside(out) as beside:
+                        model.save_pretrained(beside)
+                        tokenizer.save_pretrained(beside)
+                        task.save(beside)
+                write_examples(out / "log.jsonl", log)
+                save_arguments(out / "arguments.json", args)
+                bar.set_postfix(accuracy=f"{accuracy:.3f}", best=f"{best['accuracy']:.3f}")
+            if stop:
+                raise KeyboardInterrupt(f"stopped at step {step:,}; {out} holds the best so far; --model {out} goes on")
+            if step - best["step"] >= args.patience * args.eval_every:
+                break
+    largest = max(truths.count(label) for label in truths) / len(truths)
+    print(f"wrote {out}: the labeller of step {best['step']:,} of {step:,}, validation accuracy "
+          f"{100 * best['accuracy']:.1f} % on {len(truths):,} examples (the largest class: {100 * largest:.1f} %)")
+
+
+# The ends of a corpus's units: a paragraph is a line, a sentence ends before a capital, but not in "Mr. A. Smith".
+UNITS = {"paragraph": r"\n", "sentence": r"""\n|(?:(?<=[.!?])|(?<=[.!?]["”')]))(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr)\.)"""
+                                         r"""(?<!\bMrs\.)\s+(?=["“'(]?[A-Z0-9])"""}
+
+
+def read_corpus(paths, unit, share=1.0):
+    """Yields the paragraphs or sentences of a random `share` of the documents in corpora: .txt and .jsonl files, or
+    tars of .txt files, in further tars or not, as OpenWebText is. None stands for no text. Raises InputError."""
+    rng = random.Random(0)
+    for document in itertools.chain.from_iterable(map(read_documents, paths)):
+        if rng.random() < share:
+            for text in [None] if document is None else re.split(UNITS[unit], document):
+                if text is None or text.strip():
+                    yield text and " ".join(text.split())
+
+
+def read_documents(path):
+    if not tarfile.is_tarfile(path):
+        yield from (example["text"] for example in read_examples(path, Task("corpus", TEMPLATE, WORDS[2]), False))
+        return
+    try:
+        with open(path, "rb") as file:
+            yield from read_tar(file)
+    except BROKEN as error:
+        raise InputError(f"{path}: broken or cut off: {error}")
+
+
+def read_tar(file):
+    """Yields the documents of a tar, and of the tars in it, from front to back; nothing is unpacked to disk."""
+    with tarfile.open(fileobj=file, mode="r|*") as tar:
+        for member in tar:
+            tar.members.clear()  # where every header would be kept
+            if member.name.endswith((".xz", ".gz", ".tar", ".tgz")):
+                yield from read_tar(tar.extractfile(member))
+            elif member.isfile():
+                try:
+                    yield tar.extractfile(member).read().decode("utf-8") if member.name.endswith(".txt") else None
+                except UnicodeDecodeError:
+                    yield None
+
+
+def pseudo_label(args):
+    """Section 4.1: labels a corpus, keeps what the labeller is sure of, and draws equally from every class. Each
+    process under torchrun labels its share; the first writes the one output. Raises InputError."""
+    rank, world = rank_and_world()
+    out, task = Path(args.out), Task.load(args.labeller)
+    if len(task.fields) != 1 or len(args.confidence) not in (1, len(task.words)):
+        raise InputError(f"{args.labeller}: --confidence takes 1 or {len(task.words)} values; a template, one field")
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model, tokenizer = load_classifier(args.labeller, args.device, dtype=dtype)
+    tokenize = partial(tokenizer, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [out / f"unbalanced-{i}-of-{world}.jsonl" for i in range(world)]
+    label_share(args, task, parts[rank], lambda texts: classify(model, tokenize, texts, args.batch_size))
+    if world > 1:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
+    kept, counts = balance(parts, task, args.per_class, args.seed)
+    states = [json.loads(part.with_suffix(".json").read_text(encoding="utf-8")) for part in parts]
+    funnel = dict(sum((collections.Counter(state["funnel"]) for state in states), collections.Counter())) | counts
+    examples = (json.loads(line) for part in parts for _, line in numbered_lines(part))
+    write_task(out, Task("source", task.template, task.words), {"examples": itertools.compress(examples, kept)})
+    save_arguments(out / "arguments.json", args)
+    write_json(out / "funnel.json", funnel)
+    print("\n".join(f"{count:14,} {step}" for step, count in funnel.items()))
+    print(f"wrote {out}: task.json and examples.jsonl, equally many of each of {len(task.words)} classes; "
+          f"{parts[0].name} {'and others hold' if world > 1 else 'holds'} those before balancing")
+
+
+def label_share(args, task, part, classify):
+    """Labels this process's texts of the corpus and appends those that it is sure of to the file `part`. A file beside
+    it says how far that went, so that the same command continues there."""
+    rank, world = rank_and_world()
+    settings = {name: getattr(args, name) for name in ("labeller", "unit", "share", "min_words", "max_words",
+                                                       "max_length", "confidence")}
+    settings["corpus"] = [[path, os.stat(path).st_size] for path in args.corpus]
+    progress = part.with_suffix(".json")
+    if args.restart or not progress.exists():
+        write_json(progress, {"settings": settings, "bytes": 0, "done": False, "funnel": {"read": 0}})
+    state = json.loads(progress.read_text(encoding="utf-8"))
+    if state["settings"] != settings:
+        raise InputError(f"{progress}: from another corpus or other flags; --restart begins anew")
+    funnel = collections.Counter(state["funnel"])
+    confidence = args.confidence * (len(task.words) if len(args.confidence) == 1 else 1)
+    texts = read_corpus(args.corpus, args.unit, args.share)
+    texts = itertools.islice(texts, rank + world * funnel["read"], None, world)
+    with StopSignal() as stop, open(part, "ab") as file, tqdm(
+            desc="pseudo-label", unit=" texts", initial=funnel["read"], disable=None) as bar:
+        file.truncate(state["bytes"])
+        file.seek(0, os.SEEK_END)
+        while not state["done"]:
+            block = list(itertools.islice(texts, 32 * args.batch_size))
+            words = [-1 if text is None else text.count(" ") + 1 for text in block]
+            fit = [text for text, n in zip(block, words) if args.min_words <= n <= args.max_words]
+            for text, label, p in zip(fit, *(classify(fit) if fit else ())):
+                example = {task.fields[0]: text, "label": label, "confidence": round(p, 4)}
+                if p >= confidence[label]:
+                    file.write((json.dumps(example, ensure_ascii=False) + "\n").encode())
+                funnel["unsure"] += p < confidence[label]
+            file.flush()
+            funnel.update({"read": len(block), "not text": words.count(-1), "too short": sum(
+                0 < n < args.min_words for n in words), "too long": sum(n > args.max_words for n in words)})
+            state.update(bytes=file.tell(), done=not block, funnel=funnel)
+            write_json(progress, state)
+            bar.update(len(block))
+            if stop and block:
+                raise KeyboardInterrupt(f"stopped after {funnel['read']:,} texts and saved; the same command continues")
+
+
+def balance(parts, task, per_class, seed):
+    """Which lines of the files `parts` to keep, [N] bool: no duplicates, and as many of every class, drawn at random,
+    as the smallest has or per_class says; and what became of all. Holds about 9 bytes a line. Raises InputError."""
+    hashes, labels = array.array("Q"), array.array("B")
+    for part in parts:
+        for _, line in numbered_lines(part):
+            example = json.loads(line)
+            text = example[task.fields[0]].lower().encode()
+            hashes.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"))
+            labels.append(example["label"])
+    labels = np.array(labels)
+    first = np.unique(np.array(hashes), return_index=True)[1]
+    sizes = np.bincount(labels[first], minlength=len(task.words))
+    if 0 in sizes:
+        raise InputError(f"{parts[0]}: none of class {task.words[sizes.argmin()]!r}; --restart with lower --confidence")
+    print("sure of: " + ", ".join(f"{size:,} {word}" for size, word in zip(sizes, task.words)))
+    kept = np.zeros(len(labels), dtype=bool)
+    for label in range(len(sizes)):
+        count = min(sizes.min(), per_class or sizes.min())
+        kept[np.random.default_rng(seed).permutation(np.sort(first[labels[first] == label]))[:count]] = True
+    return kept, {"duplicate": len(labels) - len(first), "dropped by balancing": len(first) - int(kept.sum()),
+                  "kept": int(kept.sum())}
 
 
 # -------------------------------------------------------------------- the offline demo: reviews written by a grammar
@@ -540,6 +841,13 @@ def report(message, status):
     return status
 
 
+def add_machine_flags(command):
+    command.add("--max-length", "tokens of a text at most; longer ones are cut", 256, type=int)
+    command.add("--seed", "of every draw", 1, type=int)
+    command.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
+    command.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -549,13 +857,45 @@ def main(argv=None):
     command.add("--out", "the task folder to write", required=True, metavar="FOLDER")
     command.add("--test-share", "where there is no test file: the share of the training split to test on", 0.0,
                 type=float)
+    command = commands.add_parser("labeller", help="fine-tunes a sequence classifier on a task")
+    command.add("--task", "the task folder to train on", required=True, metavar="FOLDER")
+    command.add("--model", "a sequence classifier's base by hub name or folder", "FacebookAI/roberta-base")
+    command.add("--out", "the folder to write", required=True, metavar="FOLDER")
+    command.add("--learning-rate", "AdamW's", 2e-5, type=float)
+    command.add("--warmup", "steps until the learning rate is reached; then it falls to 0", 500, type=int)
+    command.add("--batch-size", "examples of a step", 32, type=int)
+    command.add("--max-epochs", "epochs at most", 3, type=int)
+    command.add("--max-steps", "steps at most (default: as --max-epochs says)", type=int)
+    command.add("--eval-every", "steps between validations", 1000, type=int)
+    command.add("--patience", "validations without a better one until it stops", 5, type=int)
+    command.add("--validation", "training examples to validate on where there is no validation.jsonl", 5000, type=int)
+    add_machine_flags(command)
+    command = commands.add_parser("pseudo-label", help="labels a corpus: source data")
+    command.add("--labeller", "the folder that `labeller` wrote", required=True, metavar="FOLDER")
+    command.add("--corpus", "OpenWebText's tar, other tars of .txt files, .txt or .jsonl files; packed or not",
+                required=True, nargs="+", metavar="FILE")
+    command.add("--out", "the source folder to write", required=True, metavar="FOLDER")
+    command.add("--unit", "what becomes an example", "paragraph", choices=["paragraph", "sentence"])
+    command.add("--share", "the share of the documents to read, drawn at random", 1.0, type=float)
+    command.add("--min-words", "shorter texts are dropped", 5, type=int)
+    command.add("--max-words", "longer texts are dropped", 200, type=int)
+    command.add("--confidence", "the least probability to keep a text: one value, or one for each class", [0.9],
+                type=float, nargs="+")
+    command.add("--per-class", "examples of each class at most (default: as many as the smallest class has)", type=int)
+    command.add("--batch-size", "texts of a forward pass", 64, type=int)
+    command.add("--restart", "begins anew where an earlier run could be continued", False, action="store_true")
+    add_machine_flags(command)
     command = commands.add_parser("demo", help="makes the offline demo")
     command.add("--out", "the folder to write", "demo", metavar="FOLDER")
     command.add("--max-steps", "steps of pre-training its T5", 1500, type=int)
     command.add("--restart", "makes it anew", False, action="store_true")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     if args.command == "convert":
         convert(args.dataset, args.input, args.out, args.test_share)
+    elif args.command == "labeller":
+        train_labeller(args)
+    elif args.command == "pseudo-label":
+        pseudo_label(args)
     else:
         print(f"wrote {demo(args.out, args.max_steps, args.restart)}/: now python train_meta.py, python finetune.py")
 

@@ -94,8 +94,10 @@ def load_task(folder, t5, tokenizer, args):
     if args.max_test and args.max_test < len(test):
         test = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:args.max_test]]
     if data.rank_and_world()[0] == 0:
-        most = max(Counter(example["label"] for example in test).values())
-        print(f"{model.task.name}: {len(test):,} test examples, {data.class_counts(test, model.task.words)}; "
+        counts = Counter(example["label"] for example in test)
+        most = max(counts.values())
+        print(f"{model.task.name}: {len(test):,} test examples, "
+              + ", ".join(f"{counts[label]:,} {word}" for label, word in enumerate(model.task.words)) + "; "
               f"the most frequent class alone gives {100 * most / len(test):.1f} %", flush=True)
     test.sort(key=lambda example: sum(len(example[field]) for field in model.task.fields))  # to pad less
     made = data.provenance(args.device, *(folder / f"{split}.jsonl" for split in ("train", "test")))

@@ -8,6 +8,7 @@ The sanity checks, on a tiny T5 made here; nothing is downloaded. Run as a scrip
 import argparse
 import copy
 import ctypes
+import io
 import json
 import math
 import os
@@ -15,8 +16,10 @@ import random
 import statistics
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (BertConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM, T5Config,
+                          T5ForConditionalGeneration)
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 import cluster
@@ -427,6 +431,74 @@ def test_read_sst(tmp_path):
             list(data.read_sst(path, 5))
 
 
+ZHANG_TRAPS = [  # a line of the official CSV, and the text that was written
+    ('"5","plain"', "plain"), ('"1","a, b\\nc\\n\\nd"', "a, b\nc\n\nd"), ('"2","he said \\""no\\""."', 'he said "no".'),
+    ('"3","\\""all quoted\\"""', '"all quoted"'), ('"4","ends in a backslash \\"', "ends in a backslash \\"),
+    ('"5","two ""quotes"""', 'two "quotes"'), ('"1","caf\u00e9 :\\\\nnext"', "caf\u00e9 :\\\nnext"), ('"2"," "', "")]
+
+
+def pack(path, files):
+    """Writes {name: text} as a .zip or a .tgz, or one text as a plain, .gz or .xz file."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+    elif path.suffix in (".tgz", ".tar"):
+        with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
+            for name, text in files.items():
+                content = text if isinstance(text, bytes) else text.encode()
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    else:
+        opener = {".gz": data.gzip.open, ".xz": data.lzma.open}.get(path.suffix, open)
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.write(next(iter(files.values())))
+    return path
+
+
+@pytest.mark.parametrize("name", ["yelp_review_full_csv.tgz", "yelp.zip", "train.csv", "train.csv.gz", "train.csv.xz"])
+def test_convert_yelp_packed_or_not(tmp_path, name, capsys):
+    train = "\n".join(line for line, _ in ZHANG_TRAPS) + "\n"
+    source = pack(tmp_path / name, {"yelp/train.csv": train, "yelp/readme.txt": "?", "yelp/test.csv": '"1","x"\n'})
+    data.main(["convert", "yelp5", "--input", str(source), "--out", str(tmp_path / "task")])
+    assert read_lines(tmp_path / "task" / "train.jsonl") == [
+        {"text": text, "label": int(line[1]) - 1} for line, text in ZHANG_TRAPS[:-1]]
+    assert (tmp_path / "task" / "test.jsonl").exists() == name.startswith("yelp")
+    assert "kept 7 for train: 2 terrible, 1 bad" in (out := capsys.readouterr().out) and "1 (empty text)" in out
+
+
+def test_read_amazon_joins_title_and_text(tmp_path):
+    path = pack(tmp_path / "train.csv", {"": '"2","Great","CD, \\""really\\"""\n"1","","no title"\n\n"1","only",""\n'})
+    assert list(data.read_zhang(path, 2)) == [('Great CD, "really"', 1), ("no title", 0), ("only", 0)]
+
+
+@pytest.mark.parametrize("line", ['"6","x"', '"5"', '"x","y"', '"1","a","b","c"', '"1","a" b', '"1","no end', "\xff"])
+def test_a_broken_csv_is_named_by_line_and_leaves_nothing(tmp_path, line):
+    (tmp_path / "train.csv").write_bytes(b'"5","fine"\n' + line.encode("latin1") + b"\n")
+    with pytest.raises(InputError, match=r"train.csv:2: not "):
+        data.convert("yelp5", tmp_path, tmp_path / "task", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
+
+
+def test_a_cut_off_download_is_an_error(tmp_path):
+    for name in ("train.csv.gz", "train.csv.xz"):
+        path = pack(tmp_path / name, {"": '"5","fine"\n' * 9})
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(InputError, match="broken or cut off"):
+            list(data.read_zhang(path, 5))
+
+
+def test_read_sst2_of_glue(tmp_path):
+    path = pack(tmp_path / "SST-2.zip", {"SST-2/train.tsv": 'sentence\tlabel\na "quote\t1\nfine \t0\n', "SST-2/dev.tsv":
+                                         "sentence\tlabel\nx\t1\n", "SST-2/test.tsv": "index\tsentence\n0\ty\n"})
+    assert data.find_splits(path, data.DATASETS["sst2"][2]) == {
+        "train": path / "SST-2/train.tsv", "test": path / "SST-2/dev.tsv"}
+    assert list(data.read_sst2(path / "SST-2/train.tsv")) == [('a "quote', 1), ("fine", 0)]
+    with pytest.raises(InputError, match="test.tsv:1: not GLUE"):
+        list(data.read_sst2(path / "SST-2/test.tsv"))
+
+
 def test_read_sentihood(tmp_path):
     def sentence(text, *sentiments):
         return {"id": 1, "text": text, "opinions": [{"sentiment": s, "aspect": "safety", "target_entity": "LOCATION1"}
@@ -497,6 +569,124 @@ def test_examples_are_read_packed_or_not(tmp_path, suffix):
     assert list(data.read_examples(path, SENTIMENT)) == [{"text": "schön", "label": 2, "more": 1}]
 
 
+def make_openwebtext(path):
+    """A tar of xz-compressed tars of .txt files, as OpenWebText is; one file is no UTF-8 text and one no text."""
+    inner = [pack(path.with_name("a.tar"), {"0-a.txt": "First one. \"Second\" two!\n\n", "0-b.txt": b"\xff\xfe"}),
+             pack(path.with_name("b.tar"), {"1-a.txt": "Mr. A. B. Smith came.  He saw 3 things? Yes.\n", "x.md": "no"})]
+    subsets = {f"openwebtext/urlsf_subset0{i}_data.xz": data.lzma.compress(tar.read_bytes()) for i, tar in enumerate(inner)}
+    return pack(path, subsets)
+
+
+def test_read_corpus(tmp_path):
+    path = make_openwebtext(tmp_path / "openwebtext.tar")
+    assert list(data.read_corpus([path], "paragraph")) == [
+        'First one. "Second" two!', None, "Mr. A. B. Smith came. He saw 3 things? Yes.", None]
+    assert list(data.read_corpus([path], "sentence")) == [
+        "First one.", '"Second" two!', None, "Mr. A. B. Smith came.", "He saw 3 things?", "Yes.", None]
+    (tmp_path / "more.jsonl").write_text('{"text": "a\\nb"}\n{"text": "c"}\n', encoding="utf-8")
+    assert list(data.read_corpus([tmp_path / "more.jsonl"] * 2, "paragraph")) == ["a", "b", "c"] * 2
+    assert 3 < len(list(data.read_corpus([tmp_path / "more.jsonl"] * 20, "paragraph", 0.3))) < 40
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(InputError, match="broken or cut off"):
+        list(data.read_corpus([path], "paragraph"))
+
+
+@pytest.fixture(scope="session")
+def labeller(tmp_path_factory, tokenizer):
+    """A task of two classes that a bag of words tells apart, and the labeller trained on it from a tiny RoBERTa."""
+    folder = tmp_path_factory.mktemp("labeller")
+    reviews = [review for review in make_examples(600) if review["label"] in (0, 4)]
+    data.write_task(folder / "task", Task("films", data.TEMPLATE, data.WORDS[2]),
+                    {"train": [{**review, "label": review["label"] // 4} for review in reviews]})
+    torch.manual_seed(0)
+    RobertaForMaskedLM(RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        pad_token_id=0, type_vocab_size=1)).save_pretrained(folder / "roberta")
+    tokenizer.save_pretrained(folder / "roberta")
+    data.main(["labeller", "--task", str(folder / "task"), "--model", str(folder / "roberta"), "--out",
+               str(folder / "labeller"), "--learning-rate", "0.005", "--warmup", "5", "--max-steps", "100", "--eval-every",
+               "50", "--validation", "60", "--threads", "1", "--device", "cpu"])
+    return folder / "labeller"
+
+
+def pseudo_label(labeller, out, *flags):
+    corpus = out.parent / "corpus.txt"
+    corpus.write_text("".join(review["text"].replace(" .", " .\n", 1) + "\n" for review in make_examples(300, 5)))
+    data.main(["pseudo-label", "--labeller", str(labeller), "--corpus", str(corpus), "--out", str(out), "--threads", "1",
+               "--batch-size", "2", "--device", "cpu", *flags])
+    return read_lines(out / "examples.jsonl"), json.loads((out / "funnel.json").read_text())
+
+
+def test_labeller_learns_and_keeps_its_best(labeller):
+    log = read_lines(labeller / "log.jsonl")
+    assert [line["step"] for line in log] == [50, 100] and max(line["accuracy"] for line in log) > 0.8
+    assert Task.load(labeller).words == ["bad", "good"]
+
+
+def test_pseudo_labels_are_sure_balanced_and_without_duplicates(labeller, tmp_path):
+    examples, funnel = pseudo_label(labeller, tmp_path / "source", "--confidence", "0.985", "0.9", "--max-words", "14")
+    labels = [example["label"] for example in examples]
+    assert labels.count(0) == labels.count(1) > 10 and Task.load(tmp_path / "source").words == ["bad", "good"]
+    assert all(0.9 <= example["confidence"] and len(example["text"].split()) <= 14 for example in examples)
+    assert min(example["confidence"] for example in examples if example["label"] == 0) >= 0.985
+    assert len({example["text"].lower() for example in examples}) == len(examples) == funnel["kept"]
+    assert funnel["duplicate"] > 50 and funnel["too long"] > 10 and funnel["unsure"] > 0
+    assert funnel["read"] == 600 == sum(count for step, count in funnel.items() if step != "read")
+    few, funnel = pseudo_label(labeller, tmp_path / "source", "--confidence", "0.985", "0.9", "--max-words", "14",
+                               "--per-class", "7")
+    assert len(few) == 14 and all(example in examples for example in few)
+    with pytest.raises(InputError, match="--restart begins anew"):
+        pseudo_label(labeller, tmp_path / "source", "--min-words", "3")
+
+
+def test_pseudo_labelling_continues_where_it_was_stopped(labeller, tmp_path, monkeypatch):
+    whole = pseudo_label(labeller, tmp_path / "whole")
+    classify, calls = data.classify, []
+
+    def interrupted(*args):
+        calls.append(len(args[2]))
+        if len(calls) == 2:
+            os.kill(os.getpid(), data.signal.SIGINT)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        return classify(*args)
+
+    monkeypatch.setattr(data, "classify", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped after 128 texts"):
+        pseudo_label(labeller, tmp_path / "parts")
+    with pytest.raises(RuntimeError):
+        pseudo_label(labeller, tmp_path / "parts")
+    with open(tmp_path / "parts" / "unbalanced-0-of-1.jsonl", "a") as file:
+        file.write('{"text": "half a li')
+    assert pseudo_label(labeller, tmp_path / "parts") == whole
+
+
+def test_processes_share_a_corpus(labeller, tmp_path, monkeypatch):
+    whole, funnel = pseudo_label(labeller, tmp_path / "whole", "--confidence", "0.9")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(FileNotFoundError):  # only the first process writes the output
+        pseudo_label(labeller, tmp_path / "shared", "--confidence", "0.9")
+    monkeypatch.setenv("RANK", "0")
+    assert pseudo_label(labeller, tmp_path / "shared", "--confidence", "0.9")[1] == funnel
+    lines = [sorted(line for part in (tmp_path / name).glob("unbalanced*.jsonl") for line in part.open())
+             for name in ("whole", "shared")]
+    assert [json.loads(line)["text"] for line in lines[0]] == [json.loads(line)["text"] for line in lines[1]]
+
+
+def test_classify_gives_every_text_its_own_label(labeller):
+    model, tokenizer = data.load_classifier(labeller, "cpu")
+    tokenize = data.partial(tokenizer, padding=True, return_tensors="pt")
+    texts = [review["text"] for review in make_examples(11, 3)]
+    labels, confidences = data.classify(model, tokenize, texts, 4)
+    for text, label, confidence in zip(texts, labels, confidences):
+        p = model(**tokenize([text])).logits.softmax(-1)[0]
+        assert label == p.argmax() and confidence == pytest.approx(p.max().item(), abs=1e-5)
+
+
 def test_linear_schedule():
     factors = [data.linear_schedule(step, 100) for step in range(100)]
     assert factors[0] == 1 / 20 and factors[19] == 1 and factors[60] == 0.5 and min(factors) > 0
@@ -532,19 +722,72 @@ def test_demo_holds_tasks_from_other_domains(world):
         assert model.tokenizer.unk_token_id not in model.encode([example])["input_ids"]
 
 
-@pytest.mark.parametrize("method", ["random", "label"])
+@pytest.mark.parametrize("method", ["kmeans", "lda", "random", "label"])
 def test_cluster(world, tmp_path, method, capsys):
-    out = tmp_path / "clusters" / "made.jsonl"
-    cluster.main(["--source", str(world / "source" / "examples.jsonl"), "--method", method, "--k", "7",
-                  "--out", str(out)])
+    out, figure = tmp_path / "clusters" / "made.jsonl", tmp_path / "tsne.png"
+    flags = ["--encoder", str(world / "t5"), "--figure", str(figure)] if method == "kmeans" else []
+    reviews = [review for domain in data.SOURCE_DOMAINS for review in make_examples(70, 0, domain)]
+    data.write_task(tmp_path / "source", SENTIMENT, {"examples": reviews})
+    cluster.main(["--source", str(tmp_path / "source" / "examples.jsonl"), "--method", method, "--k", "7",
+                  "--out", str(out), "--min-size", "1", "--vocabulary", "200", "--device", "cpu", *flags])
     examples = read_lines(out)
     sizes = np.bincount([example["cluster"] for example in examples])
-    assert len(sizes) == (7 if method == "random" else 5) and sizes.max() - sizes.min() <= 1
+    assert len(sizes) == 5 if method == "label" else 5 < len(sizes) <= 7
+    assert figure.exists() == bool(flags)
+    assert method in ("kmeans", "lda") or sizes.max() - sizes.min() <= 1
     if method == "label":
         assert all(example["cluster"] == example["label"] for example in examples)
     assert [{**e, "cluster": 0} for e in examples] == [
-        {**e, "cluster": 0} for e in read_lines(world / "source" / "examples.jsonl")]
+        {**e, "cluster": 0} for e in reviews]
     assert Task.load(out.parent).words == SENTIMENT.words and capsys.readouterr().out.count("cluster ") >= 5
+
+
+def test_lda_and_the_report_tell_topics_apart(capsys):
+    rng = random.Random(0)
+    topics = ["soup waiter dessert menu pasta", "keyboard battery screen fan processor"]
+    texts = [" ".join(rng.choices(topics[i % 2].split() + ["nice"], k=9)) for i in range(300)]
+    vectorizer = cluster.CountVectorizer(vocabulary=" ".join(topics).split() + ["nice"])
+    clusters, distances = cluster.lda(lambda: iter(texts), 300, vectorizer, 2, seed=1, size=100, updates=60)
+    assert np.array_equal(clusters, (np.arange(300) % 2) ^ clusters[0]) and 0 <= distances.min() <= distances.max() < 0.5
+    telling = cluster.describe(texts, clusters, distances, np.arange(300) % 3, data.WORDS[3], vectorizer)
+    assert set(telling[clusters[1]][:5]) == set(topics[1].split())
+    printed = capsys.readouterr().out
+    assert "cluster 0: 150 examples: 50 bad, 50 okay, 50 good\n    words: " in printed
+    nearest = np.flatnonzero(clusters == 0)[distances[clusters == 0].argmin()]
+    assert f"\n    {texts[nearest]}\n" in printed
+
+
+def test_small_clusters_are_an_error_or_dropped(world, tmp_path, capsys):
+    data.write_task(tmp_path, SENTIMENT, {"examples": make_examples(40) + [{"text": "alone", "label": 4}] * 9})
+    flags = ["--source", str(tmp_path / "examples.jsonl"), "--method", "label", "--min-size", "9"]
+    with pytest.raises(InputError, match="cluster 0 has 8 examples, fewer than the 9 .*--drop-small"):
+        cluster.main(flags)
+    assert not (tmp_path / "label.jsonl").exists()
+    cluster.main([*flags, "--drop-small"])
+    assert {example["cluster"] for example in read_lines(tmp_path / "label.jsonl")} == {4}
+
+
+def test_embeddings_are_stored_continued_and_noticed_when_old(world, tmp_path, monkeypatch):
+    texts, encode, encoded = [review["text"] for review in make_examples(7)], cluster.SentenceTransformer.encode, []
+
+    def counted(self, block, **kwargs):
+        encoded.extend(block)
+        if "stop" in encoded:
+            raise KeyboardInterrupt
+        return encode(self, block, **kwargs)
+
+    def embed(texts, name="a.npy"):
+        return cluster.embed(iter(texts), 7, tmp_path / name, str(world / "t5"), "cpu", size=3)
+
+    monkeypatch.setattr(cluster.SentenceTransformer, "encode", counted)
+    whole = np.array(embed(texts))
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, rtol=1e-5)
+    assert np.array_equal(embed(texts), whole) and len(encoded) == 7
+    with pytest.raises(KeyboardInterrupt):
+        embed(texts[:6] + ["stop"], "b.npy")
+    del encoded[:]
+    np.testing.assert_allclose(embed(texts, "b.npy"), whole, atol=1e-6)
+    assert encoded == texts[6:]
 
 
 def test_kmeans_finds_what_is_there_and_repeats_itself():
@@ -943,7 +1186,7 @@ def test_figure(tmp_path, x, monkeypatch):
     ("train_meta.py", ["--config", "{demo}/ft.json"], "has no flag --task"),
     ("finetune.py", ["--task", "{demo}/books", "--model", "{t5}", "--prompt", "nothing"], "nothing: not a prompt"),
     ("finetune.py", ["--task", "{demo}/books", "--model", "{demo}"], "cannot be loaded as a T5"),
-    ("data.py", ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no file of sst5 here"),
+    ("data.py", ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no file of this dataset here"),
 ])
 def test_bad_input_ends_in_one_line_and_status_2(world, tmp_path, script, flags, message):
     flags = [flag.format(demo=world, t5=world / "t5") for flag in flags]
