@@ -44,6 +44,8 @@ SHAPES = {  # of the public T5s, for the benchmark; `tiny` is the tests' own
     "small": dict(d_model=512, d_kv=64, d_ff=2048, num_heads=8, num_layers=6, vocab_size=32128),
     "base": dict(d_model=768, d_kv=64, d_ff=3072, num_heads=12, num_layers=12, vocab_size=32128),
     "large": dict(d_model=1024, d_kv=64, d_ff=4096, num_heads=16, num_layers=24, vocab_size=32128),
+    "xl": dict(d_model=2048, d_kv=64, d_ff=5120, num_heads=32, num_layers=24, vocab_size=32128,
+               feed_forward_proj="gated-gelu", tie_word_embeddings=False),  # T5 v1.1
 }
 
 
@@ -1309,16 +1311,16 @@ def random_batch(size, tokenizer, args, generator):
 def print_meta_steps(model, prompt, supports, queries, args):
     """The same meta-gradient by us and by others: checked, then timed."""
     rest = [prompt, supports, queries, 0.08]
-    step = [plain(model), *rest]
+    step = [plain(model) if args.compare else model, *rest]
+    others = {"textbook loop": textbook_loop, "torch.func, loop": functional, "torch.func, vmap": with_vmap,
+              "higher": with_higher, "learn2learn": with_learn2learn}
     contestants = {f"ours, {n} tasks a pass": lambda n=n: meta_gradient(model, *rest, tasks_per_pass=n)
                    for n in args.tasks_per_pass}
-    contestants |= {"textbook loop": lambda: textbook_loop(*step), "torch.func, loop": lambda: functional(*step),
-                    "torch.func, vmap": lambda: with_vmap(*step), "higher": lambda: with_higher(*step),
-                    "learn2learn": lambda: with_learn2learn(*step)}
+    contestants |= {name: lambda name=name: others[name](*step) for name in others if name in args.compare}
     if args.ragged:
-        del contestants["torch.func, vmap"]
-    reference = contestants["textbook loop"]()[0]
-    for name in list(contestants):
+        contestants.pop("torch.func, vmap", None)
+    reference = textbook_loop(*step)[0] if args.compare else None
+    for name in list(contestants) if args.compare else ():
         try:
             error = relative_error(contestants[name]()[0], reference)
             print(f"{name:24} differs from the textbook loop by {error:.1e}", flush=True)
@@ -1392,6 +1394,8 @@ def main(argv=None):
     parser.add("--dtype", "of weights and prompt", "float32", choices=["float32", "bfloat16", "float64"])
     parser.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
     parser.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
+    parser.add("--compare", "with what to compare our step", ["textbook loop", "torch.func, loop", "torch.func, vmap",
+               "higher", "learn2learn"], nargs="*")
     parser.add("--only", "parts of the benchmark", ["step", "downstream", "precision"], nargs="+")
     args = parser.parse(argv)
 
