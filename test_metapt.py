@@ -130,6 +130,12 @@ def test_no_prompt_is_the_t5_itself(model):
     torch.testing.assert_close(model(model.init_prompt(0), batch), expected)
 
 
+def test_a_wrapped_t5_still_generates_as_before(model):
+    batch = model.encode(make_examples(3))
+    ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 6}
+    assert torch.equal(model.t5.generate(**ids), plain(model).t5.generate(**ids))
+
+
 def test_shapes_and_one_prompt_for_each_example(model):
     prompt, batch = model.init_prompt(6).double(), model.encode(make_examples(4))
     assert prompt.shape == (6, 16) and model(prompt, batch).shape == (4, len(model.tokenizer))

@@ -215,7 +215,8 @@ def fastest_pass(model, prompt, drawn, args):
             break
         seconds[count] = time.perf_counter() - began
     chosen = min(seconds, key=seconds.get)
-    print(f"{chosen} meta-tasks a forward pass: {seconds[chosen]:.2f} s a step")
+    if data.rank_and_world()[0] == 0:
+        print(f"{chosen} meta-tasks a forward pass: {seconds[chosen]:.2f} s a step")
     return chosen
 
 
