@@ -256,7 +256,7 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
     changes nothing else. Returns the gradient [n, d] and the summed query loss, both detached.
     """
     tasks = len(supports)
-    gradient, total = torch.zeros_like(prompt), 0.0
+    gradient, total = torch.zeros_like(prompt), prompt.new_zeros(())
     for start in range(0, tasks, tasks_per_pass or tasks or 1):
         chunk = slice(start, start + (tasks_per_pass or tasks))
         # A copy of P for every task: gradients with respect to the copies are the tasks' own, never mixed.

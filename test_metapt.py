@@ -347,6 +347,8 @@ def test_stacked_adapt_equals_the_loop_and_moves_no_input(meta):
     for i, support in enumerate(supports):
         torch.testing.assert_close(stacked[i], adapt(model, prompt, support, alpha))
     assert torch.equal(prompt, before) and not prompt.requires_grad
+    gradient, loss = meta_gradient(model, prompt, [], [], alpha)  # the share of a process more than there are tasks
+    assert gradient.shape == prompt.shape and not gradient.any() and loss.item() == 0
 
 
 # ---------------------------------------------------------------------------------------------------- prompts as files
