@@ -27,6 +27,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -778,11 +779,13 @@ def check_arguments(path, args):
 
 def provenance(device, *files):
     """What a result can be traced by: versions, device, git commit (None where there is none) and the files' digests."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = None
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.machine() + " CPU"
     return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "transformers": transformers.__version__},
-            "device": name, "commit": git.stdout.strip() or None,
+            "device": name, "commit": commit and commit.stdout.strip() or None,
             "digests": {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files}}
 
 

@@ -32,7 +32,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 MASK = "<extra_id_0>"  # T5's first sentinel stands for the paper's <X>
 NEW_WORD = "\u2581"  # how a sentencepiece that begins a word begins
-PASS_SIZE = {"cpu": 2**19, "cuda": 2**23}  # numbers of a batch's hidden states that keep a device busy; more only pad
+PASS_SIZE = {"cpu": 2**19, "cuda": 2**23}  # elements (examples × length × d_model) that keep a device busy in one pass
 
 
 class InputError(ValueError):
@@ -87,7 +87,8 @@ class Task:
 class PromptedT5(torch.nn.Module):
     """A frozen T5 that reads a soft prompt P before the text, [P; H(x)], and answers at the mask (Section 3).
 
-    t5: any T5ForConditionalGeneration; its weights are frozen and its dropout is turned off here.
+    t5: any T5ForConditionalGeneration; its weights are frozen, its dropout is turned off and its cross-attention
+    is exchanged for one that multiplies in another order.
     tokenizer: its tokenizer. task: the Task. max_length: tokens of H(x) at most; the text is cut, never the template.
     Raises InputError where a word of the task is not one piece of the tokenizer, or the model is no T5.
     """
@@ -229,7 +230,8 @@ class CrossAttention(T5Attention):
         if mask is not None:  # of booleans, or under "eager" attention of numbers to add
             boolean = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if boolean else scores + mask
-        a = (scores.softmax(-1).flatten(1, 2) @ E).unflatten(1, (self.n_heads, -1))
+        a = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        a = (a.flatten(1, 2) @ E).unflatten(1, (self.n_heads, -1))
         return self.o(torch.einsum("bhqd,hkd->bqhk", a, V).flatten(2)), position_bias, None
 
 
@@ -253,9 +255,12 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
 
     prompt [n, d]; supports and queries: one encoded batch a task. first_order treats ∇_P L_Ti(f_P) as a constant,
     which drops the Hessian. tasks_per_pass tasks share a forward pass (default: all), which bounds the memory and
-    changes nothing else. Returns the gradient [n, d] and the summed query loss, both detached.
+    changes nothing else. Returns the gradient [n, d] and the summed query loss, both detached. Raises InputError where
+    there are not as many supports as queries.
     """
     tasks = len(supports)
+    if len(queries) != tasks:
+        raise InputError(f"{tasks} supports and {len(queries)} queries: every task has one of each")
     gradient, total = torch.zeros_like(prompt), prompt.new_zeros(())
     for start in range(0, tasks, tasks_per_pass or tasks or 1):
         chunk = slice(start, start + (tasks_per_pass or tasks))

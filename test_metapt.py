@@ -136,6 +136,20 @@ def test_a_wrapped_t5_still_generates_as_before(model):
     assert torch.equal(model.t5.generate(**ids), plain(model).t5.generate(**ids))
 
 
+def test_full_tuning_has_the_dropout_of_a_plain_t5(tokenizer):
+    model = PromptedT5(make_t5(tokenizer, dropout_rate=0.5), tokenizer, SENTIMENT)
+    prompt, batch = model.init_prompt(0), model.encode(make_examples(4))
+    reference = plain(model)
+    logits = []
+    for module in (model, reference):
+        for name, part in module.t5.named_modules():
+            part.training = "EncDecAttention" in name and not list(part.children()) or name.endswith("EncDecAttention")
+        torch.manual_seed(0)
+        logits.append(module(prompt, batch))
+    torch.testing.assert_close(*logits)
+    assert not torch.equal(logits[0], model(prompt, batch))
+
+
 def test_shapes_and_one_prompt_for_each_example(model):
     prompt, batch = model.init_prompt(6).double(), model.encode(make_examples(4))
     assert prompt.shape == (6, 16) and model(prompt, batch).shape == (4, len(model.tokenizer))
@@ -349,6 +363,8 @@ def test_stacked_adapt_equals_the_loop_and_moves_no_input(meta):
     assert torch.equal(prompt, before) and not prompt.requires_grad
     gradient, loss = meta_gradient(model, prompt, [], [], alpha)  # the share of a process more than there are tasks
     assert gradient.shape == prompt.shape and not gradient.any() and loss.item() == 0
+    with pytest.raises(InputError, match="3 supports and 1 queries"):
+        meta_gradient(model, prompt, supports, supports[:1], alpha)
 
 
 # ---------------------------------------------------------------------------------------------------- prompts as files
