@@ -28,7 +28,7 @@ from sklearn.manifold import TSNE
 from tqdm import tqdm
 
 import data
-from metapt import InputError, Task
+from metapt import InputError, Task, first_line, write_beside
 
 
 def read_texts(source, task):
@@ -61,13 +61,15 @@ def embed(texts, count, path, encoder, device, size=20_000):
     folder of any transformer serves too, with the mean over its tokens. They are stored at `path`, block after block,
     so that a stopped run continues, and mapped into memory from there. Raises InputError."""
     if path.exists():
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return open_embeddings(path, "r", count)
     try:
-        model = SentenceTransformer(encoder, device=device)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{encoder}: cannot be loaded by sentence-transformers: {str(error).strip().splitlines()[0]}")
+        model = SentenceTransformer(encoder, device=device, model_kwargs={"use_safetensors": True})
+    except Exception as error:  # sentence-transformers raises all kinds
+        raise InputError(f"{encoder}: cannot be loaded by sentence-transformers: {first_line(error)}")
     partial, shape = path.with_suffix(".partial"), (count, model.get_embedding_dimension())
-    embeddings = np.lib.format.open_memmap(partial, "r+" if partial.exists() else "w+", np.float32, shape)
+    if not partial.exists():  # written in full, not as a hole: a disk that fills up later kills what is mapped
+        write_beside(partial, lambda beside: write_zeros(beside, shape))
+    embeddings = open_embeddings(partial, "r+", *shape)
     pool = model.start_multi_process_pool() if device == "cuda" and torch.cuda.device_count() > 1 else None
     start = 0
     for block in blocks(tqdm(texts, "embedding", count, disable=None), size):
@@ -79,7 +81,23 @@ def embed(texts, count, path, encoder, device, size=20_000):
     if pool:
         model.stop_multi_process_pool(pool)
     partial.rename(path)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return open_embeddings(path, "r", count)
+
+
+def write_zeros(path, shape):
+    with open(path, "wb") as file:
+        np.save(file, np.broadcast_to(np.float32(0), shape), allow_pickle=False)
+
+
+def open_embeddings(path, mode, *shape):
+    """Stored embeddings, mapped into memory. Raises InputError where they are others than expected."""
+    try:
+        embeddings = np.lib.format.open_memmap(path, mode)  # which refuses objects, so nothing is unpickled
+        if embeddings.dtype != np.float32 or embeddings.ndim != 2 or embeddings.shape[:len(shape)] != shape:
+            raise ValueError(f"{embeddings.dtype} of shape {embeddings.shape}")
+        return embeddings
+    except ValueError as error:
+        raise InputError(f"{path}: not the embeddings of {shape[0]:,} texts: {error}; remove it")
 
 
 def kmeans(embeddings, k, seed):
@@ -167,7 +185,7 @@ def check_sizes(source, clusters, least, drop_small):
 
 def make_meta_tasks(args):
     """Clusters args.source by args.method, for every number of clusters in args.k."""
-    source, task, sizes = Path(args.source), Task.load(Path(args.source).parent), np.atleast_1d(args.k).tolist()
+    source, task, sizes = Path(args.source), Task.load(Path(args.source).parent), args.k
     labels, digest, words = survey(source, task, args.vocabulary)
     if not all(2 <= k <= len(labels) for k in sizes):
         raise InputError(f"{source}: {len(labels):,} examples cannot make {sizes} clusters; change --k")
@@ -219,7 +237,7 @@ def main(argv=None):
     parser.add("--device", "where the encoder runs", "cuda" if torch.cuda.is_available() else "cpu")
     parser.add("--out", "the file to write (default: METHOD and K.jsonl beside the source)", metavar="FILE")
     args = parser.parse(argv)
-    if not args.source or args.out and np.size(args.k) > 1:
+    if not args.source or args.out and len(args.k) > 1:
         parser.error("--source FILE is needed, and --out goes with one k")
     make_meta_tasks(args)
 

@@ -50,13 +50,14 @@ from transformers import (AutoModelForSequenceClassification, AutoTokenizer, Pre
                           T5ForConditionalGeneration)
 from transformers.utils import logging as transformers_logging
 
-from metapt import InputError, Task, write_beside, write_json
+from metapt import InputError, Task, first_line, parse_json, read_json, write_beside, write_json
 
 transformers_logging.disable_progress_bar()  # the scripts have their own
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 TEMPLATE = "{text} It was {mask}"  # the paper's, Section 3
-BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile)
+BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile,
+          KeyError, RuntimeError)  # the last two of zipfile, for a name that is not there or a password
 WORDS = {5: ["terrible", "bad", "okay", "good", "great"], 3: ["bad", "okay", "good"], 2: ["bad", "good"]}
 
 # ------------------------------------------------------------------------------------------- examples as JSON lines
@@ -73,7 +74,7 @@ def open_packed(path):
         file = zipfile.ZipFile(archive).open(path.relative_to(archive).as_posix())
     else:
         tar = tarfile.open(archive, "r|*")  # read once from front to back
-        file = next(tar.extractfile(member) for member in tar if archive / member.name == path)
+        file = next(tar.extractfile(member) for member in tar if member.isfile() and archive / member.name == path)
     unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
     return io.BufferedReader(unpack(file, "rb") if unpack else file, 2**20)
 
@@ -84,9 +85,11 @@ def numbered_lines(path):
     try:
         with open_packed(path) as file:
             for number, line in enumerate(file, 1):
+                if b"\0" in line:
+                    raise ValueError("it holds a NUL byte")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text: {error}")
+    except ValueError as error:
+        raise InputError(f"{path}:{number}: not UTF-8 text: {error}; save it as UTF-8")
     except BROKEN as error:
         raise InputError(f"{path}:{number + 1}: broken or cut off here: {error}")
 
@@ -100,8 +103,8 @@ def read_examples(path, task, labelled=True):
         if not line.strip():
             continue
         try:
-            example = {"text": line.strip()} if plain else json.loads(line)
-        except json.JSONDecodeError as error:
+            example = {"text": line.strip()} if plain else parse_json(line)
+        except ValueError as error:
             raise InputError(f'{path}:{number}: not a JSON object, as {{"text": "...", "label": 0}}: {error}')
         if problem := example_problem(example, task, labelled):
             raise InputError(f"{path}:{number}: {problem}")
@@ -122,6 +125,9 @@ def example_problem(example, task, labelled):
     label = example.get("label")
     if labelled and (type(label) is not int or not 0 <= label < len(task.words)):
         return f"label {label!r} is not one of 0 to {len(task.words) - 1}, the indices of {task.words}"
+    confidence, cluster = example.get("confidence", 1), example.get("cluster", 0)
+    if type(confidence) not in (int, float) or not 0 <= confidence <= 1 or type(cluster) is not int:
+        return f"confidence {confidence!r} is not a number from 0 to 1, or cluster {cluster!r} not a whole one"
 
 
 def write_examples(path, examples):
@@ -209,7 +215,8 @@ def read_zhang(path, classes):
     try:
         for row in filter(None, rows):
             if len(row) not in (2, 3) or row[0] not in labels:
-                raise InputError(f"{path}:{rows.line_num}: not a class from 1 to {classes} and one or two texts")
+                raise InputError(f"{path}:{rows.line_num}: not a class from 1 to {classes} and one or two texts; "
+                                 "give the official file")
             texts = [text.replace('\\"', '"').replace("\\n", "\n").strip() for text in row[1:]]
             yield " ".join(filter(None, texts)), labels[row[0]]
     except csv.Error as error:
@@ -219,7 +226,7 @@ def read_zhang(path, classes):
 def read_sentihood(path):
     """SentiHood: a JSON array of sentences with opinions on aspects. A sentence is kept where they all agree."""
     try:
-        sentences = json.loads(open_packed(path).read().decode("utf-8-sig"))
+        sentences = parse_json(open_packed(path).read().decode("utf-8-sig"))
         for item in sentences:
             yield item["text"].strip(), agreed([opinion["sentiment"] for opinion in item["opinions"]],
                                                {"Negative": 0, "Positive": 1})
@@ -231,7 +238,7 @@ def read_semeval(path):
     """SemEval-2016 task 5, subtask 1: XML with opinions in each sentence. A sentence is kept where they all agree."""
     try:
         root = ElementTree.fromstring(open_packed(path).read())  # bytes, so that the XML names its own encoding
-    except (ElementTree.ParseError, *BROKEN) as error:
+    except (ElementTree.ParseError, ValueError, LookupError, *BROKEN) as error:
         raise InputError(f"{path}: not the XML of SemEval-2016 task 5: {error}")
     for sentence in root.iter("sentence"):
         text = (sentence.findtext("text") or "").strip()
@@ -280,6 +287,8 @@ def convert(name, source, out, test_share):
             counts[split][label] += 1
             if type(label) is int:
                 yield {"text": text, "label": label}
+        if not any(type(label) is int for label in counts[split]):
+            raise InputError(f"{files[split]}: no labelled text for {split} here; give the official file of {name}")
 
     splits = {split: examples(split) for split in files}
     if test_share and "test" not in splits:  # a random share, always the same, drawn once their number is known
@@ -303,13 +312,14 @@ def find_splits(source, patterns):
         if source.is_dir():
             files = sorted(source.iterdir())
         elif zipfile.is_zipfile(source):
-            files = [source / name for name in zipfile.ZipFile(source).namelist()]
+            files = [source / name for name in zipfile.ZipFile(source).namelist() if not name.endswith("/")]
         elif tarfile.is_tarfile(source):
-            files = [source / name for name in tarfile.open(source).getnames()]
+            files = [source / member.name for member in tarfile.open(source) if member.isfile()]
         else:
             files = [source]
-    except BROKEN as error:
-        raise InputError(f"{source}: broken or cut off: {error}")
+        files = [file for file in files if source in (file, *file.parents)]  # an absolute name would leave the archive
+    except (OSError, *BROKEN) as error:
+        raise InputError(f"{source}: broken, cut off or not there: {error}")
     found = {split: file for split, names in patterns.items() for name in names.split() for file in reversed(files)
              if fnmatch.fnmatchcase(unpacked_name(file), name)}
     if not found and files != [source]:
@@ -325,8 +335,8 @@ def load_classifier(name, device, **arguments):
     try:
         model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **arguments)
         return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name}: cannot be loaded as a sequence classifier: {str(error).strip().splitlines()[0]}")
+    except Exception as error:  # transformers raises all kinds
+        raise InputError(f"{name}: cannot be loaded as a sequence classifier: {first_line(error)}")
 
 
 @torch.no_grad()
@@ -410,13 +420,13 @@ def read_corpus(paths, unit, share=1.0):
 
 
 def read_documents(path):
-    if not tarfile.is_tarfile(path):
-        yield from (example["text"] for example in read_examples(path, Task("corpus", TEMPLATE, WORDS[2]), False))
-        return
     try:
-        with open(path, "rb") as file:
-            yield from read_tar(file)
-    except BROKEN as error:
+        if tarfile.is_tarfile(path):
+            with open(path, "rb") as file:
+                yield from read_tar(file)
+        else:
+            yield from (example["text"] for example in read_examples(path, Task("corpus", TEMPLATE, WORDS[2]), False))
+    except (TypeError, *BROKEN) as error:  # of tarfile, where a gzip header is cut off
         raise InputError(f"{path}: broken or cut off: {error}")
 
 
@@ -425,9 +435,13 @@ def read_tar(file):
     with tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
             tar.members.clear()  # where every header would be kept
+            if member.size > 2**33:  # a lie, which skipping to its end would take forever to find out
+                raise tarfile.ReadError(f"its member {member.name} would have {member.size:,} bytes")
+            if not member.isfile() or member.issparse():
+                continue
             if member.name.endswith((".xz", ".gz", ".tar", ".tgz")):
                 yield from read_tar(tar.extractfile(member))
-            elif member.isfile():
+            else:
                 try:
                     yield tar.extractfile(member).read().decode("utf-8") if member.name.endswith(".txt") else None
                 except UnicodeDecodeError:
@@ -443,6 +457,9 @@ def pseudo_label(args):
         raise InputError(f"{args.labeller}: --confidence takes 1 or {len(task.words)} values; a template, one field")
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model, tokenizer = load_classifier(args.labeller, args.device, dtype=dtype)
+    if model.config.num_labels != len(task.words):
+        raise InputError(f"{args.labeller}: its classifier has {model.config.num_labels} labels, its task "
+                         f"{len(task.words)} words; train it again with data.py labeller")
     tokenize = partial(tokenizer, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
     out.mkdir(parents=True, exist_ok=True)
     parts = [out / f"unbalanced-{i}-of-{world}.jsonl" for i in range(world)]
@@ -454,9 +471,9 @@ def pseudo_label(args):
     if rank > 0:
         return
     kept, counts = balance(parts, task, args.per_class, args.seed)
-    states = [json.loads(part.with_suffix(".json").read_text(encoding="utf-8")) for part in parts]
+    states = [read_json(part.with_suffix(".json"), "--restart begins anew") for part in parts]
     funnel = dict(sum((collections.Counter(state["funnel"]) for state in states), collections.Counter())) | counts
-    examples = (json.loads(line) for part in parts for _, line in numbered_lines(part))
+    examples = itertools.chain.from_iterable(read_examples(part, task) for part in parts)
     write_task(out, Task("source", task.template, task.words), {"examples": itertools.compress(examples, kept)})
     save_arguments(out / "arguments.json", args)
     write_json(out / "funnel.json", funnel)
@@ -475,9 +492,10 @@ def label_share(args, task, part, classify):
     progress = part.with_suffix(".json")
     if args.restart or not progress.exists():
         write_json(progress, {"settings": settings, "bytes": 0, "done": False, "funnel": {"read": 0}})
-    state = json.loads(progress.read_text(encoding="utf-8"))
-    if state["settings"] != settings:
-        raise InputError(f"{progress}: from another corpus or other flags; --restart begins anew")
+    state = read_json(progress, "--restart begins anew")
+    kinds = [type(state.get(key)) for key in ("bytes", "done", "funnel")]
+    if state.get("settings") != settings or kinds != [int, bool, dict] or state["bytes"] < 0:
+        raise InputError(f"{progress}: broken, or from another corpus or other flags; --restart begins anew")
     funnel = collections.Counter(state["funnel"])
     confidence = args.confidence * (len(task.words) if len(args.confidence) == 1 else 1)
     texts = read_corpus(args.corpus, args.unit, args.share)
@@ -510,8 +528,7 @@ def balance(parts, task, per_class, seed):
     as the smallest has or per_class says; and what became of all. Holds about 9 bytes a line. Raises InputError."""
     hashes, labels = array.array("Q"), array.array("B")
     for part in parts:
-        for _, line in numbered_lines(part):
-            example = json.loads(line)
+        for example in read_examples(part, task):
             text = example[task.fields[0]].lower().encode()
             hashes.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"))
             labels.append(example["label"])
@@ -725,17 +742,23 @@ class Parser(argparse.ArgumentParser):
         self.add("--restart", "begins anew where an earlier run could be continued", False, action="store_true")
 
     def parse(self, argv=None):
-        """The arguments, after --config. Raises InputError where that file is not one of this script's flags."""
+        """The arguments: those of the file --config come first, so that others win. Raises InputError."""
+        argv = sys.argv[1:] if argv is None else argv
         if config := getattr(super().parse_known_args(argv)[0], "config", None):
-            try:
-                defaults = json.loads(Path(config).read_text(encoding="utf-8"))
-                unknown = set(defaults) - {action.dest for action in self._actions}
-            except (OSError, ValueError, TypeError) as error:
-                raise InputError(f"{config}: not a JSON file of flags: {error}")
-            if unknown:
+            settings = read_json(config, "give a file of flags")
+            if unknown := set(settings) - {action.dest for action in self._actions} | set(settings) & {"help", "config"}:
                 raise InputError(f"{config}: {self.prog} has no flag --{sorted(unknown)[0].replace('_', '-')}")
-            self.set_defaults(**defaults)
+            self.prog += f" --config {config}"
+            for name, value in settings.items():
+                flag = f"--{name.replace('_', '-')}"
+                if isinstance(value, list):
+                    argv = [flag, *map(str, value), *argv]
+                elif value is not None and value is not False:
+                    argv = [flag if value is True else f"{flag}={value}", *argv]
         args = self.parse_args(argv)
+        for name in ("batch_size", "eval_every", "max_length", "max_epochs", "patience", "accumulate", "shots", "k"):
+            if np.min(value if (value := getattr(args, name, None)) is not None else 1) < 1:
+                self.error(f"--{name.replace('_', '-')} {value} must be at least 1")
         if "threads" in args:
             torch.set_num_threads(args.threads or max(1, free_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         if getattr(args, "device", None) == "cuda" and "LOCAL_RANK" in os.environ:
@@ -766,13 +789,10 @@ def check_arguments(path, args):
     """Raises InputError where the run that wrote its arguments at `path`, and would be continued, had others."""
     if not path.exists() or args.restart:
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"--{name.replace('_', '-')} {before.get(name)}, not {value}" for name, value in vars(args).items()
-                   if name not in ("config", "restart", "device", "threads", "tasks_per_pass", "search")
-                   and before.get(name) != value]
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not the arguments of a run: {error}; --restart begins anew")
+    before = read_json(path, "--restart begins anew")
+    changed = [f"--{name.replace('_', '-')} {before.get(name)}, not {value}" for name, value in vars(args).items()
+               if name not in ("config", "restart", "device", "threads", "tasks_per_pass", "search")
+               and before.get(name) != value]
     if changed:
         raise InputError(f"{path}: this run began with {', '.join(changed)}; give it again, another --out or --restart")
 
@@ -833,14 +853,14 @@ def run(main):
     """Runs a script's main; bad input ends in one line on standard error and exit status 2."""
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, SafetensorError) as error:
         sys.exit(report(f"{Path(sys.argv[0]).name}: {error}", 2))
     except KeyboardInterrupt as stop:
         sys.exit(report(str(stop) or "stopped; the same command continues", 130))
 
 
 def report(message, status):
-    print(" ".join(message.split()), file=sys.stderr)
+    print(" ".join(message.split())[:1000], file=sys.stderr)
     return status
 
 

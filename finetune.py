@@ -26,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 import data
-from metapt import InputError, PromptedT5, Task, load_prompt, load_t5, save_prompt, select, summed_loss, write_beside
+from metapt import (InputError, PromptedT5, Task, load_prompt, load_t5, parse_json, save_prompt, select, summed_loss,
+                    write_beside)
 
 # What Appendix A sets for each method; flags override it. A.4's batches of 4, accumulated 8 times, are batches of 32.
 SETTINGS = {
@@ -39,6 +40,8 @@ NAMES = {"maml": "MetaPT", "fomaml": "MetaPT, first-order", "reptile": "MetaPT, 
 # The arguments that a result depends on: a run with others is another run.
 RESULT_ARGUMENTS = ("model", "learning_rate", "batch_size", "patience", "max_epochs", "max_steps", "weight_decay",
                     "max_length", "validation_shots", "balanced", "max_test", "dtype")
+KINDS = {"task": str, "method": str, "prompt": str, "shots": int, "seed": int, "digest": str, "settings": dict,
+         "accuracy": float}  # what a line of results must hold
 SOURCE_FACTS = ("clustering", "clusters", "source_size")  # of a prompt, for Table 2 and Figure 3
 # The paper's own results: 40 shots, five seeds.
 PAPER_TASKS = ("sst5", "sst2", "amazon5", "amazon2", "sentihood", "semeval_restaurant", "semeval_laptop")
@@ -116,7 +119,7 @@ def describe(args, task, prompt, shots, seed):
     else:
         start, facts = load_prompt(prompt, model.t5.config.d_model)
     digest = hashlib.sha256(start.cpu().numpy().tobytes()).hexdigest()[:12]
-    return {"task": model.task.name, "method": facts.get("method", "PEFT"), "prompt": prompt, "shots": shots,
+    return {"task": model.task.name, "method": str(facts.get("method", "PEFT")), "prompt": prompt, "shots": shots,
             "seed": seed, "digest": digest, "settings": settings}, start.to(model.device), facts
 
 
@@ -214,13 +217,16 @@ def tune(model, prompt, training, validation, args, seed):
 def predict(args):
     """Labels the texts of a file with a tuned prompt: JSON lines with the label, its word and every word's
     probability, to args.out or to standard output."""
-    prompt, facts = load_prompt(args.prompt[0])
-    if args.task is None and "template" not in facts:
-        raise InputError(f"{args.prompt[0]}: not a prompt that --save kept, so it does not say its task; name a --task")
-    task = Task.load(args.task[0]) if args.task else Task(facts["task"], facts["template"], facts["words"])
+    _, facts = load_prompt(args.prompt[0])
+    try:
+        task = Task.load(args.task[0]) if args.task else Task(facts["task"], facts["template"], facts["words"])
+        max_length = int(facts["settings"]["max_length"]) if "settings" in facts else args.max_length
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{args.prompt[0]}: not a prompt that --save kept, so it does not say its task: {error}; "
+                         "name a --task")
     t5, tokenizer = load_t5(args.model or facts["base_model"], args.device, args.dtype)
-    model = PromptedT5(t5, tokenizer, task, facts.get("settings", {}).get("max_length", args.max_length))
-    prompt = prompt.to(model.device)
+    model = PromptedT5(t5, tokenizer, task, max_length)
+    prompt = load_prompt(args.prompt[0], t5.config.d_model)[0].to(model.device)
     examples = list(data.read_examples(args.predict, task, labelled=False))
     labelled = []
     for batch in batches(model, [{name: text for name, text in e.items() if name != "label"} for e in examples]):
@@ -241,17 +247,20 @@ def predict(args):
 
 def identity(row):
     """What a line of results is about, as text."""
-    return json.dumps([row[key] for key in ("task", "method", "prompt", "shots", "seed", "digest", "settings")])
+    return json.dumps([row[key] for key in KINDS if key != "accuracy"])
 
 
 def read_results(path):
     """The lines of a results file, the newest of each run; none where there is no file. Raises InputError."""
     results = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+    for number, line in data.numbered_lines(path) if path.exists() else ():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             results[identity(row)] = row
-            row["settings"]["model"], float(row["accuracy"])
+            if wrong := [key for key, kind in KINDS.items() if not isinstance(row[key], kind)]:
+                raise ValueError(f"{wrong[0]} {row[wrong[0]]!r}")
+            if not 0 <= row["accuracy"] <= 1 or not isinstance(row["settings"]["model"], str):
+                raise ValueError("the accuracy is no share or the model no name")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}:{number}: not a line of results: {error}; remove that line")
     return list(results.values())
@@ -370,7 +379,7 @@ def draw(results, x, path):
     over the seeds in a band of one standard deviation."""
     from matplotlib.figure import Figure
     held, lines = ["prompt"] if x == "shots" else [key for key in ("shots", *SOURCE_FACTS[1:]) if key != x], {}
-    rows = [row for row in results if row.get(x)]
+    rows = [row for row in results if isinstance(row.get(x), int)]
     for (_, at, *name), tasks in grouped(rows, x, [*held, *RESULT_ARGUMENTS]).items():
         lines.setdefault(", ".join(filter(None, name)), {})[at] = tasks
     lines = {name: line for name, line in lines.items() if len(line) > 1}
@@ -436,7 +445,6 @@ def main(argv=None):
         return predict(args) if args.predict else report(args)
     if not args.task:
         parser.error("--task FOLDER is needed")
-    args.method = [args.method] if isinstance(args.method, str) else args.method  # as a --config may have it
     if "ft" in args.method and args.dtype == "bfloat16":
         parser.error("--dtype bfloat16 is for a frozen T5; full tuning's small steps are lost in bfloat16")
     args.out = args.out or "results.jsonl"

@@ -18,7 +18,7 @@ prompt as a file.
 import json
 import os
 import string
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,10 @@ class Task:
     words: list[str]
 
     def __post_init__(self):
+        texts = [self.name, self.template, *self.words] if isinstance(self.words, list) else [None]
+        if not all(isinstance(text, str) for text in texts) or "/" in self.name:
+            raise InputError(f"task {self.name}: the name (without a slash), the template and each of a list of words "
+                             "must be strings")
         try:
             names = [name for _, name, *_ in string.Formatter().parse(self.template) if name is not None]
         except ValueError as error:
@@ -71,13 +75,12 @@ class Task:
     def load(cls, path):
         """The task in `path`, a task.json or a folder that holds one. Raises InputError."""
         path = Path(path) / "task.json" if Path(path).is_dir() else Path(path)
+        form = '{"name": ..., "template": ..., "words": [...]}'
+        facts = read_json(path, f"write {form}")
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            if not all(isinstance(text, str) for text in [facts["name"], facts["template"], *list(facts["words"])]):
-                raise ValueError("the name, the template and every word must be strings")
-            return cls(facts["name"], facts["template"], list(facts["words"]))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f'{path}: not a task: {error}; write {{"name": ..., "template": ..., "words": [...]}}')
+            return cls(facts["name"], facts["template"], facts["words"])
+        except (KeyError, InputError) as error:
+            raise InputError(f"{path}: not a task: {error}; write {form}")
 
     def save(self, folder):
         """Writes folder/task.json."""
@@ -90,7 +93,7 @@ class PromptedT5(torch.nn.Module):
     t5: any T5ForConditionalGeneration; its weights are frozen, its dropout is turned off and its cross-attention
     is exchanged for one that multiplies in another order.
     tokenizer: its tokenizer. task: the Task. max_length: tokens of H(x) at most; the text is cut, never the template.
-    Raises InputError where a word of the task is not one piece of the tokenizer, or the model is no T5.
+    Raises InputError where a word of the task is not one piece of the tokenizer, or model or tokenizer is no T5's.
     """
 
     def __init__(self, t5, tokenizer, task, max_length=256):
@@ -102,13 +105,15 @@ class PromptedT5(torch.nn.Module):
             block.layer[1].EncDecAttention.__class__ = CrossAttention
         self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
-        if self.mask_id in (None, tokenizer.unk_token_id):
-            raise InputError(f"the tokenizer of {t5.config._name_or_path} has no {MASK}; choose a T5 tokenizer")
+        if (self.mask_id in (None, tokenizer.unk_token_id) or None in (tokenizer.pad_token_id, tokenizer.eos_token_id)
+                or len(tokenizer) > t5.get_input_embeddings().num_embeddings):
+            raise InputError(f"the tokenizer of {t5.config._name_or_path} has no {MASK}, no <pad> or no </s>, or more "
+                             "pieces than the model knows; choose the model's own")
         self.special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         pieces = [self._pieces(word) for word in task.words]
         for word, ids in zip(task.words, pieces):
-            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                raise InputError(f"task {task.name}: the word {word!r} is not one piece of the tokenizer but "
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id or pieces.count(ids) > 1:
+                raise InputError(f"task {task.name}: the word {word!r} is not one piece of the tokenizer, its own, but "
                                  f"{tokenizer.convert_ids_to_tokens(ids)}; choose another word")
         self.word_ids = torch.tensor(pieces)[:, 0]
         decoder_start = t5.config.decoder_start_token_id
@@ -323,8 +328,8 @@ def load_t5(name, device="cpu", dtype="float32"):
             raise ValueError(f"it is no T5 but {kind}; choose one, as google-t5/t5-base")
         t5 = T5ForConditionalGeneration.from_pretrained(name, use_safetensors=True, dtype=getattr(torch, dtype))
         return t5.to(device), AutoTokenizer.from_pretrained(name)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{name}: cannot be loaded as a T5: {str(error).strip().splitlines()[0]}")
+    except Exception as error:  # transformers raises all kinds
+        raise InputError(f"{name}: cannot be loaded as a T5: {first_line(error)}")
 
 
 def save_prompt(folder, prompt, base_model, /, **facts):
@@ -344,31 +349,61 @@ def save_prompt(folder, prompt, base_model, /, **facts):
 def load_prompt(folder, width=None):
     """The prompt [n, d_model] in a folder that save_prompt or PEFT wrote, and its facts: those of metapt.json where
     there is one, and `base_model`. Raises InputError, also where d_model is not `width`."""
-    folder = Path(folder)
+    folder, mend = Path(folder), "give a folder that train_meta.py or PEFT wrote"
+    config = read_json(folder / "adapter_config.json", mend)
+    facts = read_json(folder / "metapt.json", mend) if (folder / "metapt.json").exists() else {}
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        facts = folder / "metapt.json"
-        facts = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            prompt = file.get_tensor("prompt_embeddings").float()
-        if config["peft_type"] != "PROMPT_TUNING" or prompt.dim() != 2 or not prompt.isfinite().all():
+            prompt = file.get_tensor("prompt_embeddings")
+        if (config.get("peft_type") != "PROMPT_TUNING" or prompt.dim() != 2 or not prompt.numel()
+                or not prompt.is_floating_point() or not prompt.isfinite().all()
+                or not isinstance(facts.get("arguments", {}), dict)):
             raise ValueError("no soft prompt of shape [n, d_model] with finite numbers")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}: not a prompt: {str(error).splitlines()[0]}; give a folder that train_meta.py wrote")
+    except Exception as error:  # safetensors raises all kinds
+        raise InputError(f"{folder}: not a prompt: {first_line(error)}; {mend}")
     if width and prompt.shape[1] != width:
         raise InputError(f"{folder}: a prompt of width {prompt.shape[1]} for {config.get('base_model_name_or_path')}; "
                          f"this model needs {width}")
-    return prompt, {**facts, "base_model": config.get("base_model_name_or_path")}
+    return prompt.float(), {**facts, "base_model": config.get("base_model_name_or_path")}
 
 
 def write_beside(path, write):
-    """Has `write` fill a file beside `path` and renames it, so that `path` is never half-written."""
+    """Has `write` fill a file beside `path` and renames it, so that `path` is never half-written. Raises OSError."""
     beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         write(beside)
         os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {first_line(error)}; mend that and give the same command again")
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def parse_json(text):
+    """The value of a JSON text that need not be trusted. Raises ValueError."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half of such a pair is no character, and could not be written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise ValueError("nested too deeply")
+
+
+def read_json(path, mend):
+    """The object in a JSON file. Raises InputError, which ends in `mend`."""
+    try:
+        value = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it is a {type(value).__name__}")
+        return value
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a JSON object: {error}; {mend}")
 
 
 def write_json(path, value):

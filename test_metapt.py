@@ -13,19 +13,22 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (BertConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM, T5Config,
                           T5ForConditionalGeneration)
@@ -384,7 +387,7 @@ def test_prompt_round_trip_in_pefts_layout(tmp_path, tokenizer):
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(InputError, match="not a prompt"):
         load_prompt(tmp_path / "prompt")
-    with pytest.raises(InputError, match="not a prompt"):
+    with pytest.raises(InputError, match="not a JSON object"):
         load_prompt(tmp_path / "nothing")
 
 
@@ -1210,7 +1213,7 @@ def test_figure(tmp_path, x, monkeypatch):
     ("train_meta.py", ["--source", "{demo}/source/examples.jsonl", "--out", "x", "--model", "{t5}"], "no clusters"),
     ("train_meta.py", ["--sources", "x"], "unrecognized arguments"),
     ("train_meta.py", ["--config", "{demo}/ft.json"], "has no flag --task"),
-    ("finetune.py", ["--task", "{demo}/books", "--model", "{t5}", "--prompt", "nothing"], "nothing: not a prompt"),
+    ("finetune.py", ["--task", "{demo}/books", "--model", "{t5}", "--prompt", "nothing"], "nothing/adapter_config.json: not"),
     ("finetune.py", ["--task", "{demo}/books", "--model", "{demo}"], "cannot be loaded as a T5"),
     ("data.py", ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no file of this dataset here"),
 ])
@@ -1220,6 +1223,363 @@ def test_bad_input_ends_in_one_line_and_status_2(world, tmp_path, script, flags,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ hostile input
+
+
+def bad_line(reader, name, *lines, first=b'{"text": "fine", "label": 2}\n'):
+    """Files whose second line is bad: [(reader, file's name, what the message must hold, content)]."""
+    return [(reader, name, f"{name}:2: ", first + line + b"\n") for line in lines]
+
+
+def bad_file(reader, name, *contents):
+    """Files that are bad as a whole; the message names the file, or where that is the unit its folder."""
+    return [(reader, name, name.split("/")[0], content) for content in contents]
+
+
+def packed(name, content, cut=0):
+    """Writes a packed file, and cuts off its end."""
+    def write(path):
+        pack(path, {name: content})
+        path.write_bytes(path.read_bytes()[:-cut or None])
+    return write
+
+
+def tar_of(name, size=0, **facts):
+    """Writes a tar of one member whose header says `facts`."""
+    def write(path):
+        with tarfile.open(path, "w") as tar:
+            member = tarfile.TarInfo(name)
+            for fact, value in facts.items():
+                setattr(member, fact, value)
+            tar.addfile(member)
+        member.size = size  # more than there is
+        path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) if size else path.read_bytes())
+    return write
+
+
+def safetensors(header, tensors=b"", size=None):
+    """A safetensors file: its header's size, which may be a lie, its header and its tensors."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(header) if size is None else size).to_bytes(8, "little") + header + tensors
+
+
+def tensor_file(metadata=None, **tensors):
+    def write(path):
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: torch.as_tensor(values) for name, values in tensors.items()}, path, metadata)
+    return write
+
+
+def facts_file(facts):
+    """A checkpoint that is whole, so that its checksum fits, but has wrong facts."""
+    tensors = {"prompt": torch.zeros(3, 16), "best": torch.zeros(3, 16)}
+    return tensor_file({"facts": facts, "checksum": train_meta.checksum(facts, tensors)}, **tensors)
+
+
+def read_prompt(path):
+    """Reads a prompt of which only the file `path` is bad."""
+    with tempfile.TemporaryDirectory() as other:
+        good = Path(other) / path.parent.name
+        save_prompt(good, torch.zeros(3, 16), make_t5(make_tokenizer()))
+        shutil.copy(path, good)
+        return load_prompt(good, 16)
+
+
+def read_checkpoint(path):
+    prompt = torch.nn.Parameter(torch.zeros(3, 16))
+    train_meta.load_checkpoint(path.parent, prompt, torch.optim.AdamW([prompt]), argparse.Namespace(restart=False))
+
+
+def read_t5(path):
+    """Reads a T5 of which only the file `path` is bad."""
+    with tempfile.TemporaryDirectory() as other:
+        good = Path(other) / path.parent.name
+        make_t5(tokenizer := make_tokenizer()).save_pretrained(good)
+        tokenizer.save_pretrained(good)
+        if path.suffix == ".bin":
+            (good / "model.safetensors").unlink()
+        shutil.copy(path, good)
+        return metapt.load_t5(good)
+
+
+def read_clustering(path):
+    source = path.with_suffix(".jsonl")
+    args = argparse.Namespace(source=source, source_size=None, method="ppt", validation=4, batch_size=1, seed=1,
+                              device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "provenance", lambda *args: {})
+        patch.setattr(data, "read_examples", lambda *args: [{**review, "cluster": 0} for review in make_examples(20)])
+        train_meta.read_source(args, SENTIMENT)
+
+
+def read_clusters(path):
+    train_meta.split_clusters(list(data.read_examples(path, SENTIMENT)), argparse.Namespace(
+        source=path, method="maml", validation=2, batch_size=1, seed=1))
+
+
+def read_progress(path):
+    args = argparse.Namespace(labeller="", unit="paragraph", share=1, min_words=1, max_words=9, max_length=9,
+                              confidence=[0.9], corpus=[], restart=False, batch_size=2)
+    data.label_share(args, SENTIMENT, path.with_suffix(".jsonl"), None)
+
+
+def read_examples(path):
+    return list(data.read_examples(path, SENTIMENT, labelled=".jsonl" in path.name))
+
+
+def read_corpus(path):
+    return list(data.read_corpus([path], "paragraph"))
+
+
+def read_config(path):
+    train_meta.main(["--config", str(path), "--source", "x", "--out", str(path.parent / "out")])
+
+
+def read_report(path):
+    finetune.main(["--report", str(path)])
+
+
+def convert(name):
+    def read(path):
+        data.convert(name, path, path.parent / "task", 0)
+    read.__name__ = name
+    return read
+
+
+def entities(levels, times=10):
+    """The billion laughs: every entity is ten of the one before."""
+    grown = "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * times}">' for i in range(1, levels))
+    return f'<!DOCTYPE x [<!ENTITY e0 "{"ha" * 50}">{grown}]><x>&e{levels - 1};</x>'.encode()
+
+
+def result_line(**changes):
+    return json.dumps({**result("pt", 0.5, 1), **changes}).encode()
+
+
+BAD_OBJECTS = [b"", b" ", b"{", b'{"a": 1', b"[]", b"null", b'"x"', b"3", b"\xff\xfe{\0}\0", b"\0" * 9, b"[" * 10**5,
+               b'{"a":' * 10**5,
+               b"9" * 5000, b'{"a": "\\ud800"}', b'{"a": "\xe9"}', b"{'a': 1}", b"\"" * 3]
+BAD_LINES = [*filter(bytes.strip, BAD_OBJECTS), b"[" + b"1," * 5 * 10**6, b'{"text": "a"}{}',
+             b'{"text": "a\x01", "label": 0}',
+             b'{"text": "\\udc80", "label": 0}', b'{"text": "a", "label": 0, "more": "\\ud800"}',
+             b'{"text": null, "label": 0}']
+BAD_TENSORS = [b"", b"\0", b"\0" * 8, b"\xff" * 100, safetensors({}, size=2**62), safetensors({}, size=2**20),
+               safetensors(b"{"),
+               safetensors(b"[" * 10**5), safetensors(b"\xff\xfe"), safetensors({"prompt_embeddings": 3}),
+               safetensors({}),
+               safetensors({"prompt_embeddings": {"dtype": "F32", "shape": [3, 16], "data_offsets": [0, 192]}},
+                           bytes(99)),
+               safetensors({"prompt_embeddings": {"dtype": "F32", "shape": [3, 16], "data_offsets": [0, 4]}}, bytes(4)),
+               safetensors({"prompt_embeddings": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 0]}}),
+               safetensors({"prompt_embeddings": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+               b"PK\3\4" + bytes(200), b"\x80\x02}q\x00."]
+BAD_INPUTS = [
+    *bad_file(Task.load, "task.json", *BAD_OBJECTS, *(json.dumps({**vars(SENTIMENT), **change}).encode() for change in (
+        {"name": 3}, {"name": "../up"}, {"template": None}, {"template": "{text}"}, {"template": "{mask"},
+        {"words": "bad"},
+        {"words": {"bad": 0, "good": 1}}, {"words": [1, 2]}, {"words": []}, {"words": ["good", "good"]})), b"{}"),
+    *bad_file(read_config, "c.json", *BAD_OBJECTS, *(json.dumps(flags).encode() for flags in (
+        {"alpha": "x"}, {"alpha": [1, 2]}, {"alpha": True}, {"alpha": {}}, {"seed": 1.5}, {"max_steps": math.inf},
+        {"method": "sgd"}, {"dtype": "int8"}, {"eval_every": 0}, {"batch_size": -1}, {"nothing": 1}, {"help": True},
+        {"config": "x"}, {"prompt_length": math.nan}, {"method": []}, {"seed": 10**30, "patience": 0}))),
+    *bad_file(lambda path: data.check_arguments(path, argparse.Namespace(restart=False)), "arguments.json",
+              *BAD_OBJECTS),
+    *bad_file(read_clustering, "kmeans4.json", *BAD_OBJECTS),
+    *bad_file(read_progress, "part.json", *BAD_OBJECTS, b"{}", b'{"settings": {}, "bytes": -1}'),
+    *bad_file(read_prompt, "prompt/adapter_config.json", *BAD_OBJECTS, b"{}", b'{"peft_type": "LORA"}',
+              b'{"peft_type": []}'),
+    *bad_file(read_prompt, "prompt/metapt.json", *BAD_OBJECTS, b'{"arguments": 3}'),
+    *bad_file(read_prompt, "prompt/adapter_model.safetensors", *BAD_TENSORS, tensor_file(other=[[0.0]]), *(
+        tensor_file(prompt_embeddings=values) for values in (
+            [0.0] * 16, [[[0.0] * 16]], [[0.0] * 15], [[math.nan] * 16], [[math.inf] * 16], [[1] * 16], [[True] * 16],
+            np.zeros((0, 16))))),
+    *bad_file(read_checkpoint, "run/checkpoint.safetensors", *BAD_TENSORS, tensor_file(prompt=np.zeros((3, 16))), *(
+        map(facts_file, ("", "[]", "3", "[" * 10**5, "{}", '{"step": 1, "best": 2, "log": []}')))),
+    *bad_file(read_t5, "t5/config.json", *BAD_OBJECTS, b"{}", b'{"model_type": "none"}', b'{"model_type": "bert"}',
+              b'{"model_type": "t5", "d_model": "x"}', b'{"model_type": "t5", "d_model": -1}', b'{"model_type": []}'),
+    *bad_file(read_t5, "t5/model.safetensors", *BAD_TENSORS[:8], tensor_file({"format": "pt"},
+        **{"shared.weight": [[0.0]]})),
+    *bad_file(read_t5, "t5/pytorch_model.bin", b"", b"\x80\x02}q\x00."),
+    *bad_file(read_t5, "t5/tokenizer.json", b"", b"{}", b"[" * 10**5),
+    *bad_line(read_examples, "train.jsonl", *BAD_LINES, *(b'{"text": "a", "label": %s}' % value for value in (
+        b"true", b"1.0", b'"1"', b"-1", b"5", b"null", b"[1]", b"NaN", b"1e999", b"1" * 4000, b"1" * 9000,
+        b'0, "confidence": NaN', b'0, "confidence": -1', b'0, "confidence": "high"', b'0, "confidence": true',
+        b'0, "confidence": null', b'0, "cluster": "a"', b'0, "cluster": 1.5', b'0, "cluster": []',
+        b'0, "cluster": NaN'))),
+    *bad_line(read_examples, "a.txt", b"\xe9t\xe9", b"\xff\xfea\0", b"a\0b", b"\xed\xa0\x80", b"\xff" * 10**7,
+              first=b"fine\n"),
+    *bad_file(read_examples, "a.txt", "fine".encode("utf-16"), "fine".encode("utf-32")),
+    *bad_file(read_examples, "a.jsonl.gz", b"\x1f\x8b", b"no gzip", packed("", "fine\n" * 999, 9)),
+    *bad_file(read_examples, "a.txt.xz", b"no xz", packed("", "fine\n" * 999, 9)),
+    *bad_file(read_clusters, "s.jsonl", b"",
+              b'{"text": "a", "label": 0, "cluster": 0}\n' * 9 + b'{"text": "a", "label": 0}',
+              b'{"text": "a", "label": 0}\n' * 9, b'{"text": "a", "label": 0, "cluster": 0}\n'),
+    *bad_line(lambda path: cluster.survey(path, SENTIMENT, 9), "source.jsonl", b'{"text": "a"}', b"[" * 10**5),
+    *bad_line(lambda path: data.balance([path], SENTIMENT, None, 1), "part.jsonl", b"",
+              b'{"text": "a", "label": 300}')[1:],
+    *bad_line(read_report, "r.jsonl", *BAD_LINES, b"{}", *(result_line(**change) for change in (
+        {"accuracy": "0.5"}, {"accuracy": math.nan}, {"accuracy": 2.0}, {"seed": []}, {"shots": "40"},
+        {"method": ["pt"]},
+        {"task": None}, {"settings": []}, {"settings": {}}, {"settings": {"model": 3}}, {"prompt": {}})),
+        first=result_line() + b"\n"),
+    *bad_file(read_report, "none.jsonl", b"", b"\n"),
+    *bad_line(convert("sst5"), "train.txt", b"(3 (2 It)", b"It", b"(7 (2 It) (2 is))", b"(3 )", b"\xff",
+              b"(2 (2 a\0) (2 b))",
+              b"(" * 10**6, b"(0 " * 10**6, b"x" * 10**7, first=b"(2 (2 fine) (2 .))\n"),
+    *bad_file(convert("sst2"), "train.txt", b"", b"\n\n", b"(2 (2 only) (2 neutral))"),
+    *bad_line(convert("sst2"), "train.tsv", b"a\t2", b"a", b"\t", b"a\xff\t1", b"a\0\t1", b"",
+              first=b"sentence\tlabel\n"),
+    *bad_file(convert("sst2"), "train.tsv", b"", b"sentence\tlabel\n", b"a\t1\n", "sentence\tlabel\n".encode("utf-16")),
+    *bad_line(convert("amazon2"), "train.csv", b'"3","x"', b'"0","x"', b'"1"', b'"1","a" b', b'"1","open',
+              b'"1","a\0"', b'"1","\xff"',
+              b'"1","a","b","c"', b'"1","' + b"x" * 10**7 + b'"', b"1" * 9000, first=b'"1","fine"\n'),
+    *bad_file(convert("yelp5"), "train.csv", b"", b'"1",""\n'),
+    *bad_file(convert("sentihood"), "s-train.json", *BAD_OBJECTS, b"{}", b"[1]", b"[{}]",
+              b'[{"text": 3, "opinions": []}]',
+              b'[{"text": "a", "opinions": 3}]', b'[{"text": "a", "opinions": [3]}]',
+              b'[{"text": "a", "opinions": [{"sentiment": []}]}]',
+              b'[{"text": "a", "opinions": []}]', b'[{"text": "\\ud800", "opinions": [{"sentiment": "Positive"}]}]'),
+    *bad_file(convert("semeval_laptop"), "x.xml", b"", b"\0", b"<", b"<a>", b"<a></b>", b"<a>\xff</a>", b"<a/>",
+              b"<a>&no;</a>", entities(9),
+              entities(30), b'<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><x>&e;</x>', b"<a>" * 10**5,
+              b'<?xml version="1.0" encoding="none"?><a/>', b'<?xml version="1.0" encoding="cp932"?><a/>', b"<a>\0</a>",
+              b"<x><sentence><text>a</text><Opinions><Opinion polarity='odd'/></Opinions></sentence></x>",
+              '<?xml version="1.0" encoding="utf-8"?><a/>'.encode("utf-16"), b"<a>" * 10**5 + b"</a>" * 10**5),
+    *bad_file(convert("amazon5"), "a.tar", b"", bytes(10240), packed("train.csv", '"1","x"\n' * 999, 9000),
+              packed("other.csv", "x"),
+              packed("train.csv", '"9","x"\n'), packed("/train.csv", '"1","x"\n'), packed("../train.csv", '"9","x"\n'),
+              tar_of("train.csv", type=tarfile.DIRTYPE), tar_of("train.csv", type=tarfile.SYMTYPE,
+                  linkname="/etc/passwd"),
+              tar_of("train.csv", type=tarfile.LNKTYPE, linkname="none"), tar_of("train.csv", type=tarfile.FIFOTYPE),
+              tar_of("train.csv", size=2**60)),
+    *bad_file(convert("amazon5"), "a.tgz", b"\x1f\x8b", packed("train.csv", '"1","x"\n' * 10**5, 50)),
+    *bad_file(convert("amazon5"), "a.zip", b"PK\3\4", packed("train.csv", '"1","x"\n', 9), packed("train.csv/", ""),
+              packed("a.csv", ""),
+              packed("/train.csv", '"1","x"\n'), packed("train.csv", '"9","x"\n')),
+    *bad_file(read_corpus, "corpus.tar", packed("a.txt", "x" * 9999, 15000), packed("a.xz", "x"), packed("a.tar",
+        bytes(99)),
+              packed("a.gz", b"\x1f\x8b\x08"), packed("a.xz", data.lzma.compress(bytes(99))), tar_of("a.txt",
+                  size=2**60), tar_of("a.md", size=2**60)),
+    *bad_file(read_corpus, "corpus.txt.gz", b"x", b"\x1f\x8b\x08", packed("", "x\n" * 999, 9)),
+    *bad_file(read_corpus, "corpus.txt.xz", b"x", b"\xfd7zXZ\0", packed("", "x\n" * 999, 9)),
+    *bad_line(read_corpus, "corpus.jsonl", b"[]", b"{", b'{"text": 3}', b"\xff"),
+    *bad_file(lambda path: cluster.embed([], 3, path, "none", "cpu"), "e.npy", b"", b"\x93NUMPY",
+              b"\x93NUMPY\1\0v\0{'descr': '<f4'",
+              b"PK\3\4" + bytes(200), b"\x93NUMPY\1\0\xff\xff" + b"(" * 65535, b"\x80\x02}q\x00.", *(
+                  lambda path, values=values: np.save(path, values, allow_pickle=True) for values in (
+                      np.zeros((2, 4), np.float32), np.zeros((3, 4)), np.zeros(3, np.float32), np.zeros((3, 4),
+                          object))),
+              lambda path: path.write_bytes((np.save(path, np.zeros((3, 999), np.float32)),
+                                             path.read_bytes())[1][:-9])),
+    *bad_file(lambda path: data.load_classifier(path.parent, "cpu"), "labeller/config.json", *BAD_OBJECTS[:8], b"{}",
+              b'{"model_type": "roberta"}', b'{"model_type": "t5x"}'),
+]
+
+
+@pytest.mark.parametrize("reader, name, expected, content", BAD_INPUTS, ids=[
+    f"{name}-{i}" for i, (_, name, *_) in enumerate(BAD_INPUTS)])
+def test_a_bad_file_ends_in_one_line_and_leaves_nothing(tmp_path, capsys, reader, name, expected, content):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    content(path) if callable(content) else path.write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        data.run(lambda: reader(path))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and expected in message and len(message) < 1100, message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("reader, name, content", [
+    (read_prompt, "prompt/metapt.json", b"\xef\xbb\xbf{}"), (read_clustering, "kmeans4.json", b'{"method": "lda"}'),
+    (read_prompt, "prompt/adapter_model.safetensors", tensor_file(prompt_embeddings=np.zeros((3, 16), np.float16))),
+    (read_checkpoint, "run/checkpoint.safetensors", facts_file('{"step": 1, "best": {}, "log": []}')),
+    (read_t5, "t5/generation_config.json", b"{}"), (read_clusters, "s.jsonl",
+                                                    b'{"text": "a", "label": 0, "cluster": 0}\n' * 9),
+    (convert("sst5"), "train.txt", b"\xef\xbb\xbf(3 (2 It) (4 works))\r\n"), (convert("amazon2"), "a.csv",
+        b'\xef\xbb\xbf"1","x"\r\n'),
+    (convert("sst2"), "train.tsv", b"\xef\xbb\xbfsentence\tlabel\nx\t1\n"), (read_examples, "a.txt",
+        b"\xef\xbb\xbffine"),
+    (Task.load, "task.json", b'\xef\xbb\xbf{"name": "x", "template": "{text} {mask}", "words": ["bad", "good"]}'),
+    (read_examples, "a.jsonl",
+     b'\xef\xbb\xbf{"text": "\\ud83d\\ude00", "label": 0, "label": 1}\n' + b" " * 10**7 + b"\n")])
+def test_the_same_readers_take_good_files_and_a_byte_order_mark(tmp_path, reader, name, content):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    content(path) if callable(content) else path.write_bytes(content)
+    read = reader(path)
+    assert reader is not read_examples or read in ([{"text": "fine"}], [{"text": "😀",
+        "label": 1}])  # the last key counts
+
+
+def test_a_wrong_tokenizer_or_word_is_refused(tokenizer):
+    def refused(message, words=("bad", "good"), tokenizer=tokenizer, size=len(tokenizer)):
+        with pytest.raises(InputError, match=message):
+            PromptedT5(make_t5(tokenizer, vocab_size=size), tokenizer, Task("x", data.TEMPLATE, list(words)))
+
+    refused("'badish' is not one piece", ["badish", "good"])
+    refused("'' is not one piece", ["", "good"])
+    refused("'Good' is not one piece of the tokenizer, its own", ["Good", "good"])  # this tokenizer knows no capitals
+    refused("more pieces than the model knows", size=99)
+    plain = copy.deepcopy(tokenizer)
+    plain.pad_token = None
+    refused("no <pad>", tokenizer=plain)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<pad>": 1, "</s>": 2, "bad": 3, "good": 4}, unk_token="<unk>"))
+    refused("has no <extra_id_0>", tokenizer=PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"))
+
+
+def test_an_archive_cannot_name_files_outside_it(tmp_path):
+    outside = tmp_path / "train.csv"
+    outside.write_text('"1","secret"\n')
+    corpus = pack(tmp_path / "c.tar", {"../up.txt": "a", "/abs.txt": "b", str(outside): "no text"})
+    before = sorted(tmp_path.rglob("*"))
+    assert read_corpus(corpus) == ["a", "b", None] and sorted(tmp_path.rglob("*")) == before
+    for name in ("a.tar", "a.zip"):
+        archive = pack(tmp_path / name, {str(outside): '"1","x"\n', "../train.csv": '"2","inside"\n'})
+        data.convert("amazon2", archive, tmp_path / name[-3:], 0)
+        assert [example["text"] for example in read_lines(tmp_path / name[-3:] / "train.jsonl")] == ["inside"]
+
+
+class Malicious:
+    """A pickle that creates a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("reader, name", [
+    (read_t5, "t5/pytorch_model.bin"), (read_t5, "t5/model.safetensors"), (read_prompt,
+        "prompt/adapter_model.safetensors"),
+    (lambda path: load_prompt(path.parent), "prompt/adapter_model.bin"), (load_prompt, "prompt.pt"),
+    (read_checkpoint, "run/checkpoint.safetensors"), (read_checkpoint, "run/checkpoint.pt"),
+    (lambda path: data.load_classifier(path.parent, "cpu"), "labeller/pytorch_model.bin"),
+    (lambda path: cluster.embed(["a"], 1, path.with_name("e.npy"), str(path.parent), "cpu"),
+     "encoder/pytorch_model.bin"),
+    (lambda path: cluster.embed([], 1, path, "none", "cpu"), "e.npy")])
+def test_no_pickle_is_ever_read(tmp_path, labeller, reader, name):
+    path, created = tmp_path / name, tmp_path / "created"
+    path.parent.mkdir(exist_ok=True)
+    if path.parent.name in ("labeller", "encoder"):
+        shutil.copytree(labeller, path.parent, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    if path.parent.name == "prompt":
+        (path.parent / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    if path.suffix == ".npy":
+        np.save(path, np.array([Malicious(created)], object), allow_pickle=True)
+    else:
+        torch.save({"prompt_embeddings": Malicious(created)}, path)
+    unread = path.name == "checkpoint.pt"  # of another program: the run begins anew beside it
+    with nullcontext() if unread else pytest.raises(InputError,
+                                                    match=path.stem if path.parent == tmp_path else path.parent.name):
+        reader(path)
+    assert not created.exists()
+    np.load(path, allow_pickle=True) if path.suffix == ".npy" else torch.load(path.open("rb"), weights_only=False)
+    assert created.exists()  # as it would have been
 
 
 # ------------------------------------------------------------------------------------------------------ the benchmark
@@ -1312,7 +1672,8 @@ def measure(contestants, rounds, device):
 def through_peft(model, prompt):
     """The same model and prompt by the peft library: batch -> logits at the mask."""
     import peft
-    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=len(prompt), num_transformer_submodules=1)
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=len(prompt),
+                                     num_transformer_submodules=1)
     theirs = peft.get_peft_model(plain(model).t5, config).eval()
     theirs.base_model.set_attn_implementation("sdpa")
     theirs.prompt_encoder.default.embedding.weight.data.copy_(prompt)

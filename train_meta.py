@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-from metapt import InputError, PromptedT5, Task, adapt, load_prompt, load_t5, meta_gradient, save_prompt, write_beside
+from metapt import (InputError, PromptedT5, Task, adapt, first_line, load_prompt, load_t5, meta_gradient, parse_json,
+                    read_json, save_prompt, write_beside)
 
 # What Appendix A sets for each method; flags override it.
 MAML = {"learning_rate": 0.025, "max_steps": 20_000, "eval_every": 500, "patience": 6}  # A.3
@@ -100,7 +101,7 @@ def read_source(args, task):
         examples = [examples[i] for i in chosen]
     tasks, held_out = split_clusters(examples, args)
     made = Path(args.source).with_suffix(".json")  # cluster.py's arguments
-    clustering = json.loads(made.read_text(encoding="utf-8")).get("method") if made.exists() else None
+    clustering = read_json(made, "make the clusters again").get("method") if made.exists() else None
     facts = {"method": args.method, "clustering": clustering, "clusters": len(tasks), "source_size": len(examples),
              "arguments": vars(args), **data.provenance(args.device, args.source)}
     if data.rank_and_world()[0] == 0:
@@ -112,11 +113,12 @@ def read_source(args, task):
 def split_clusters(examples, args):
     """The meta-tasks T: [training examples of each cluster] and [held-out examples of each], about args.validation
     held out in all. PPT also takes source data without clusters. Raises InputError where a cluster is too small."""
+    if not examples or args.method != "ppt" and not all("cluster" in example for example in examples):
+        raise InputError(f"{args.source}: no clusters, or not for every line; make them with cluster.py --source "
+                         f"{args.source}")
     clusters = {}
     for example in examples:
         clusters.setdefault(example.get("cluster", 0), []).append(example)
-    if args.method != "ppt" and "cluster" not in examples[0]:
-        raise InputError(f"{args.source}: no clusters; make them with cluster.py --source {args.source}")
     count = max(args.validation // len(clusters), args.batch_size + 1)
     for name, members in clusters.items():
         if len(members) < count + 2 * args.batch_size:
@@ -264,7 +266,7 @@ def load_checkpoint(out, prompt, optimizer, args):
         try:
             with safe_open(path, "pt") as file:
                 header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-            facts = json.loads(header["facts"])
+            facts = parse_json(header["facts"])
             if header["checksum"] != checksum(header["facts"], tensors):
                 raise ValueError("its checksum does not fit")
             state = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
@@ -274,7 +276,8 @@ def load_checkpoint(out, prompt, optimizer, args):
             print(f"continues {out} from step {facts['step']:,}")
             return facts["step"], {"prompt": tensors["best"].to(prompt.device), **facts["best"]}, facts["log"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            print(f"{path} is broken: {error}" + ("; the one before it is used" if path != paths[-1] else ""))
+            print(f"{path} is broken: {first_line(error)}"
+                  + ("; the one before it is used" if path != paths[-1] else ""))
             if path != paths[-1]:
                 path.unlink(missing_ok=True)  # so that it never becomes the one before
     if paths:
