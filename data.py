@@ -761,6 +761,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{name.replace('_', '-')} {value} must be at least 1")
         if "threads" in args:
             torch.set_num_threads(args.threads or max(1, free_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        if "cuda" in str(getattr(args, "device", None)) and not torch.cuda.is_available():
+            self.error(f"--device {args.device}: this PyTorch finds no GPU; give --device cpu")
         if getattr(args, "device", None) == "cuda" and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return args
@@ -853,6 +855,8 @@ def run(main):
     """Runs a script's main; bad input ends in one line on standard error and exit status 2."""
     try:
         main()
+    except FileNotFoundError as error:
+        sys.exit(report(f"{Path(sys.argv[0]).name}: {error.filename or error}: no such file; check the path", 2))
     except (InputError, OSError, SafetensorError) as error:
         sys.exit(report(f"{Path(sys.argv[0]).name}: {error}", 2))
     except KeyboardInterrupt as stop:

@@ -40,9 +40,9 @@ NAMES = {"maml": "MetaPT", "fomaml": "MetaPT, first-order", "reptile": "MetaPT, 
 # The arguments that a result depends on: a run with others is another run.
 RESULT_ARGUMENTS = ("model", "learning_rate", "batch_size", "patience", "max_epochs", "max_steps", "weight_decay",
                     "max_length", "validation_shots", "balanced", "max_test", "dtype")
-KINDS = {"task": str, "method": str, "prompt": str, "shots": int, "seed": int, "digest": str, "settings": dict,
-         "accuracy": float}  # what a line of results must hold
-SOURCE_FACTS = ("clustering", "clusters", "source_size")  # of a prompt, for Table 2 and Figure 3
+KINDS = {"task": str, "method": str, "prompt": str, "shots": int, "seed": int, "digest": str, "data": str,
+         "settings": dict, "accuracy": float}  # what a line of results must hold
+SOURCE_FACTS = ("clustering", "clusters", "source_size", "source_task")  # of a prompt, for Table 2 and Figure 3
 # The paper's own results: 40 shots, five seeds.
 PAPER_TASKS = ("sst5", "sst2", "amazon5", "amazon2", "sentihood", "semeval_restaurant", "semeval_laptop")
 TABLE_1 = {
@@ -64,6 +64,12 @@ def run_all(args):
     out, (rank, world) = Path(args.out), data.rank_and_world()
     t5, tokenizer = load_t5(args.model, args.device, args.dtype)
     weights = {name: weight.clone() for name, weight in t5.state_dict().items()} if "ft" in args.method else {}
+    if args.save and len({Path(prompt).name for prompt in args.prompt}) < len(args.prompt):
+        raise InputError("--save: two of the prompts have one name, and so would their tuned ones; rename a folder")
+    for prompt in args.prompt if "pt" in args.method else ():  # a broken one ends the sweep before it begins
+        base = prompt != "random" and load_prompt(prompt, t5.config.d_model)[1]["base_model"]
+        if base and base != args.model and rank == 0:
+            print(f"{prompt} was learned with {base}, and is used with {args.model}")
     tasks = [load_task(folder, t5, tokenizer, args) for folder in args.task]
     runs = []
     for name in args.method:
@@ -74,7 +80,8 @@ def run_all(args):
         data.few_shot(training, max(args.shots), 1, args.validation_shots)
     names = [identity(describe(*run)[0]) for run in runs]
     finished = set() if args.restart else set(map(identity, read_results(out)))
-    mine = [run for run, name in list(zip(runs, names))[rank::world] if name not in finished]
+    mine = [run for run, name in list(zip(runs, names))[rank::world] if name not in finished or args.save
+            and run[0].method == "pt" and not saved_folder(args, run[1][0].task.name, *run[2:]).exists()]
 
     for run in tqdm(mine, "runs", disable=True if rank else None):
         add_result(out, run_one(*run, weights))
@@ -119,8 +126,10 @@ def describe(args, task, prompt, shots, seed):
     else:
         start, facts = load_prompt(prompt, model.t5.config.d_model)
     digest = hashlib.sha256(start.cpu().numpy().tobytes()).hexdigest()[:12]
+    what = json.dumps([model.task.template, model.task.words, *task[3]["digests"].values()])
     return {"task": model.task.name, "method": str(facts.get("method", "PEFT")), "prompt": prompt, "shots": shots,
-            "seed": seed, "digest": digest, "settings": settings}, start.to(model.device), facts
+            "seed": seed, "digest": digest, "data": hashlib.sha256(what.encode()).hexdigest()[:12],
+            "settings": settings}, start.to(model.device), facts
 
 
 def run_one(args, task, prompt, shots, seed, weights):
@@ -135,7 +144,7 @@ def run_one(args, task, prompt, shots, seed, weights):
     if args.method == "ft":
         model.t5.load_state_dict(weights)
     elif args.save:
-        save_prompt(Path(args.save) / f"{run['task']}-{Path(prompt).name}-{shots}-{seed}", tuned, model.t5, **run,
+        save_prompt(saved_folder(args, run["task"], prompt, shots, seed), tuned, model.t5, **run, **made,
                     accuracy=score["accuracy"], template=model.task.template, words=model.task.words)
     run |= {fact: facts[fact] for fact in SOURCE_FACTS if fact in facts}
     run |= {"source": facts.get("arguments", {}).get("source"), "words": model.task.words, **score, **course, **made}
@@ -147,6 +156,10 @@ def run_one(args, task, prompt, shots, seed, weights):
         counts = [[word, *map(str, line)] for word, line in zip(model.task.words, score["confusion"])]
         print_markdown("The label down, the prediction across:", [["", *model.task.words], *counts])
     return run
+
+
+def saved_folder(args, task, prompt, shots, seed):
+    return Path(args.save) / f"{task}-{Path(prompt).name}-{shots}-{seed}"
 
 
 def macro_f1(confusion):
@@ -275,12 +288,12 @@ def add_result(path, row):
 
 
 def method_name(row):
-    """The paper's name of a run's method. MetaPT is on K-means clusters, MetaPT(Y) where the source's path has yelp."""
+    """The paper's name of a run's method. MetaPT is on K-means clusters, MetaPT(Y) where the source is Yelp itself."""
     name = NAMES.get(row["method"], row["method"])
     if row["method"] != "maml":
         return name
     clustering = "" if row.get("clustering", "kmeans") == "kmeans" else f", {row['clustering']}"
-    return name + "(Y)" * ("yelp" in str(row.get("source")).lower()) + clustering
+    return name + "(Y)" * str(row.get("source_task")).startswith("yelp") + clustering
 
 
 def grouped(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
@@ -378,7 +391,7 @@ def draw(results, x, path):
     """Figure 2 (x is shots), 3a (source_size) or 3b (clusters): a panel for each task, a line for each method, the mean
     over the seeds in a band of one standard deviation."""
     from matplotlib.figure import Figure
-    held, lines = ["prompt"] if x == "shots" else [key for key in ("shots", *SOURCE_FACTS[1:]) if key != x], {}
+    held, lines = ["prompt"] if x == "shots" else [key for key in ("shots", *SOURCE_FACTS[1:3]) if key != x], {}
     rows = [row for row in results if isinstance(row.get(x), int)]
     for (_, at, *name), tasks in grouped(rows, x, [*held, *RESULT_ARGUMENTS]).items():
         lines.setdefault(", ".join(filter(None, name)), {})[at] = tasks
@@ -401,11 +414,12 @@ def draw(results, x, path):
         panel.minorticks_off()
         panel.set(title=task, xlabel={"shots": "training examples", "source_size": "source examples"}.get(x, x))
     panels[0].set_ylabel("accuracy in points")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, 2 * len(names)),
+                  frameon=False)
     kind = path.suffix.lstrip(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"{path}: no kind of picture; end it in .png, .pdf or .svg")
-    write_beside(path, lambda beside: figure.savefig(beside, format=kind, dpi=200))
+    write_beside(path, lambda beside: figure.savefig(beside, format=kind, dpi=200, bbox_inches="tight"))
     print(f"wrote {path}")
 
 
@@ -441,6 +455,10 @@ def main(argv=None):
     parser.add("--x", "the figure's horizontal axis", "shots", choices=["shots", "source_size", "clusters"])
     parser.add_model_flags()
     args = parser.parse(argv)
+    if args.predict and args.prompt == ["random"]:
+        parser.error("--predict needs --prompt FOLDER, a prompt that --save kept")
+    if args.figure and not args.report:
+        parser.error("--figure draws the results of --report FILE")
     if args.predict or args.report:
         return predict(args) if args.predict else report(args)
     if not args.task:

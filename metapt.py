@@ -359,6 +359,8 @@ def load_prompt(folder, width=None):
                 or not prompt.is_floating_point() or not prompt.isfinite().all()
                 or not isinstance(facts.get("arguments", {}), dict)):
             raise ValueError("no soft prompt of shape [n, d_model] with finite numbers")
+        if config.get("num_transformer_submodules", 1) != 1:
+            raise ValueError("it has a part for the decoder; train it with num_transformer_submodules=1")
     except Exception as error:  # safetensors raises all kinds
         raise InputError(f"{folder}: not a prompt: {first_line(error)}; {mend}")
     if width and prompt.shape[1] != width:

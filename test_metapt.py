@@ -411,6 +411,11 @@ def test_a_prompt_of_peft_is_read(world, tmp_path, tokenizer, capsys):
     theirs = peft.get_peft_model(t5, config)
     theirs.save_pretrained(tmp_path / "theirs")
     prompt, _ = load_prompt(tmp_path / "theirs", width=64)
+    path = tmp_path / "theirs" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"num_transformer_submodules": 1', '"num_transformer_submodules": 2'))
+    with pytest.raises(InputError, match="it has a part for the decoder"):
+        load_prompt(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs")
     assert torch.equal(prompt, theirs.prompt_encoder.default.embedding.weight)
     (tmp_path / "new.txt").write_text("the plot was gripping .\n", encoding="utf-8")
     finetune.main(["--predict", str(tmp_path / "new.txt"), "--prompt", str(tmp_path / "theirs"), "--model",
@@ -904,6 +909,15 @@ def test_a_run_goes_on_with_its_own_arguments_only(world, tmp_path):
     meta_train(world, tmp_path / "run", "--alpha", "0.3", "--restart")
 
 
+def test_a_run_goes_on_with_its_own_data_only(world, tmp_path):
+    shutil.copytree(world / "source", tmp_path / "source")
+    source = tmp_path / "source" / "clustered.jsonl"
+    meta_train(world, tmp_path / "run", "--source", str(source))
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(InputError, match="clustered.jsonl: not the data that the run"):
+        meta_train(world, tmp_path / "run", "--source", str(source))
+
+
 def test_a_step_that_is_not_finite_names_its_examples_and_keeps_the_best(world, tmp_path, monkeypatch):
     def poisoned(model, prompt, supports, queries, *rest, **kwargs):
         gradient, loss = meta_gradient(model, prompt, supports, queries, *rest, **kwargs)
@@ -1042,6 +1056,20 @@ def test_finetune_saves_and_predicts(world, tmp_path, capsys):
         assert list(line["probabilities"].values()) == pytest.approx(p, abs=1e-4)
 
 
+def test_other_data_or_a_missing_folder_makes_a_run_new(world, tmp_path, capsys):
+    shutil.copytree(world / "books", tmp_path / "books")
+    flags = ["--task", str(tmp_path / "books"), "--prompt", "random", "--seeds", "1"]
+    finetune_main(world, tmp_path / "results.jsonl", *flags)
+    finetune_main(world, tmp_path / "results.jsonl", *flags, "--save", str(tmp_path / "tuned"))
+    assert load_prompt(tmp_path / "tuned" / "books-random-8-1")[1]["versions"]
+    test = tmp_path / "books" / "test.jsonl"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[:300]))
+    assert len(finetune_main(world, tmp_path / "results.jsonl", *flags)) == 2
+    assert capsys.readouterr().out.count("1 new runs, 0 stood there already") == 3
+    with pytest.raises(InputError, match="two of the prompts have one name"):
+        finetune_main(world, tmp_path / "results.jsonl", *flags, "--prompt", "a/x", "b/x", "--save", "tuned")
+
+
 def test_full_tuning_starts_every_run_from_the_same_weights(world, tmp_path):
     both = finetune_main(world, tmp_path / "both.jsonl", "--seeds", "1", "2", method="ft")
     alone = finetune_main(world, tmp_path / "alone.jsonl", "--seeds", "2", method="ft")
@@ -1147,7 +1175,7 @@ def test_macro_f1_against_scikit_learn():
 def result(method, accuracy, seed, prompt=None, task="sst5", shots=40, model="google-t5/t5-base", learning_rate=0.003,
            **more):
     return {"task": task, "method": method, "prompt": prompt or f"prompts/{method}", "shots": shots, "seed": seed,
-            "digest": "0", "settings": {"model": model, "learning_rate": learning_rate}, "accuracy": accuracy, **more}
+            "digest": "0", "data": "0", "settings": {"model": model, "learning_rate": learning_rate}, "accuracy": accuracy, **more}
 
 
 def make_report(tmp_path, rows, *flags):

@@ -51,6 +51,8 @@ def train(args):
     prompt = torch.nn.Parameter(start_prompt(model, args))
     optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=args.weight_decay)
     step, best, log = load_checkpoint(out, prompt, optimizer, args)
+    if step and load_prompt(out)[1].get("digests") != facts["digests"]:
+        raise InputError(f"{args.source}: not the data that the run in {out} began with; another --out or --restart")
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         data.save_arguments(out / "arguments.json", args)
@@ -103,7 +105,7 @@ def read_source(args, task):
     made = Path(args.source).with_suffix(".json")  # cluster.py's arguments
     clustering = read_json(made, "make the clusters again").get("method") if made.exists() else None
     facts = {"method": args.method, "clustering": clustering, "clusters": len(tasks), "source_size": len(examples),
-             "arguments": vars(args), **data.provenance(args.device, args.source)}
+             "source_task": task.name, "arguments": vars(args), **data.provenance(args.device, args.source)}
     if data.rank_and_world()[0] == 0:
         print(f"{args.method} on {sum(map(len, tasks)):,} examples in {len(tasks)} clusters; "
               f"{sum(map(len, held_out)):,} others validate", flush=True)
@@ -123,7 +125,8 @@ def split_clusters(examples, args):
     for name, members in clusters.items():
         if len(members) < count + 2 * args.batch_size:
             raise InputError(f"{args.source}: cluster {name} has {len(members)} examples; {2 * args.batch_size} to "
-                             f"train and {count} to validate are needed: lower --k of cluster.py or --validation")
+                             f"train and {count} to validate are needed: lower --k of cluster.py or --validation, "
+                             "or raise --source-size")
         np.random.default_rng(args.seed).shuffle(members)
     ordered = [clusters[name] for name in sorted(clusters)]
     return [members[count:] for members in ordered], [members[:count] for members in ordered]
