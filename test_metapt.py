@@ -1189,7 +1189,7 @@ def test_report_beside_the_papers_tables(tmp_path, capsys):
     rows += [result("ppt", 0.99, 0, digest="of an earlier prompt"), *(result("ppt", a, i) for i, a in enumerate(ppt))]
     rows += [result("maml", 0.43, 0, "prompts/label", clustering="label"), result("maml", 0.9, 0, task="mine"),
              result("maml", 0.42, 0, "prompts/mixed", clustering="random"),
-             result("maml", 0.5, 0, "prompts/y", source="source/Yelp5/kmeans10.jsonl", clustering="kmeans"),
+             result("maml", 0.5, 0, "prompts/y", source_task="yelp5", clustering="kmeans"),
              result("ft", 0.44, 0, "none"), result("ft", 0.3, 0, "none", learning_rate=0.1),
              result("ft", 0.99, 0, "none", shots=80), result("ft", 0.2, 0, "none", model="other")]
     make_report(tmp_path, rows)
