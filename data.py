@@ -351,9 +351,8 @@ def classify(model, tokenize, texts, batch_size):
 
 
 def train_labeller(args):
-    """The labeller of Section 5.1: fine-tunes a sequence classifier on a task folder and writes the best by validation
-    accuracy, with its tokenizer and the task, to the folder args.out. Validates on validation.jsonl, or where there is
-    none on args.validation training examples."""
+    """The labeller of Section 5.1: fine-tunes a sequence classifier on a task folder and writes the best by accuracy on
+    validation.jsonl, or else on args.validation training examples, with its tokenizer and the task, to args.out."""
     out, folder, task = Path(args.out), Path(args.task), Task.load(args.task)
     splits = [[(" ".join(example[field] for field in task.fields), example["label"])
                for example in read_examples(folder / name, task)]
@@ -365,8 +364,8 @@ def train_labeller(args):
         raise InputError(f"{folder}: no examples to train on or none to validate on; change --validation")
     training, (texts, truths) = splits[0], zip(*splits[1])
     torch.manual_seed(args.seed)  # of the classifier's new layer too
-    model, tokenizer = load_classifier(
-        args.model, args.device, num_labels=len(task.words), ignore_mismatched_sizes=True)
+    kind = {"num_labels": len(task.words), "ignore_mismatched_sizes": True}
+    model, tokenizer = load_classifier(args.model, args.device, **kind)
     tokenize = partial(tokenizer, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     total = args.max_steps or args.max_epochs * -(-len(training) // args.batch_size)
@@ -746,7 +745,8 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         if config := getattr(super().parse_known_args(argv)[0], "config", None):
             settings = read_json(config, "give a file of flags")
-            if unknown := set(settings) - {action.dest for action in self._actions} | set(settings) & {"help", "config"}:
+            known = {action.dest for action in self._actions} - {"help", "config"}
+            if unknown := set(settings) - known:
                 raise InputError(f"{config}: {self.prog} has no flag --{sorted(unknown)[0].replace('_', '-')}")
             self.prog += f" --config {config}"
             for name, value in settings.items():
@@ -784,6 +784,7 @@ def fill(args, settings):
 
 def save_arguments(path, args):
     """Writes the arguments that a script ran with as JSON: a file for --config."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {name: value for name, value in vars(args).items() if name not in ("config", "restart")})
 
 
@@ -800,7 +801,7 @@ def check_arguments(path, args):
 
 
 def provenance(device, *files):
-    """What a result can be traced by: versions, device, git commit (None where there is none) and the files' digests."""
+    """What a result can be traced by: versions, device, git commit (None without one) and the files' digests."""
     commit = None
     if shutil.which("git"):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -43,7 +43,7 @@ class InputError(ValueError):
 class Task:
     """A classification task as text (Section 3): H(x) is `template` filled in, and label y is the word z = words[y].
 
-    `template` names {mask} once and any fields of an example: "{text} It was {mask}", "{premise}? {mask}. {hypothesis}".
+    `template` names {mask} once and any fields: "{text} It was {mask}", "{premise}? {mask}. {hypothesis}".
     Raises InputError where it does not, or where two words are the same.
     """
 
@@ -141,7 +141,7 @@ class PromptedT5(torch.nn.Module):
         """Token ids of `text`. Where no space parts it from what stands before it, as the full stop in "{mask}.", its
         first piece loses the mark of a new word, which the tokenizer puts before any text that it is given alone."""
         ids = self.tokenizer(text.strip(), add_special_tokens=False).input_ids
-        ids = [i for i in ids if i not in self.special_ids]  # a text that spells </s> or <extra_id_0> holds no such token
+        ids = [i for i in ids if i not in self.special_ids]  # a text that spells </s> holds no such token
         if ids and not before[-1].isspace() and not text[0].isspace():
             piece = self.tokenizer.convert_ids_to_tokens(ids[0]).removeprefix(NEW_WORD)
             inner = self.tokenizer.convert_tokens_to_ids(piece) if piece else None

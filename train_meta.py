@@ -47,22 +47,19 @@ def train(args):
     tasks, held_out, facts = read_source(args, model.task)
     first_epoch = len(tasks[0]) // args.batch_size if args.method == "ppt" else 0  # A.2: no early stop within it
     held_out = [encode_held_out(model, examples, args.batch_size) for examples in held_out]
-
     prompt = torch.nn.Parameter(start_prompt(model, args))
     optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=args.weight_decay)
     step, best, log = load_checkpoint(out, prompt, optimizer, args)
     if step and load_prompt(out)[1].get("digests") != facts["digests"]:
         raise InputError(f"{args.source}: not the data that the run in {out} began with; another --out or --restart")
-    out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         data.save_arguments(out / "arguments.json", args)
     drawn = draw(model, tasks, step, args)
     if args.tasks_per_pass == "auto" and args.method in ("maml", "fomaml"):
         args.tasks_per_pass = fastest_pass(model, prompt.detach(), drawn, args)
-
-    stopping = False
-    with data.StopSignal() as stop, tqdm(total=args.max_steps, initial=step, desc=args.method,
-                                         disable=rank > 0 or None) as bar:
+    stopping = False  # Ctrl-C was seen, by any process
+    bar = tqdm(None, args.method, args.max_steps, initial=step, disable=rank > 0 or None)
+    with data.StopSignal() as stop, bar:
         while True:
             due = (step % args.eval_every == 0 or step == args.max_steps) and not (log and log[-1]["step"] == step)
             if due:
@@ -87,10 +84,9 @@ def train(args):
             bar.update()
 
     if rank == 0:
-        if best["step"] == 0:
-            print(f"no step of this run was better than its start; {out} holds the prompt that it started from")
         print(f"wrote {out}: the prompt of step {best['step']:,} of {step:,}, validation accuracy "
-              f"{100 * best['accuracy']:.1f} % (at the start {100 * log[0]['accuracy']:.1f} %)")
+              f"{100 * best['accuracy']:.1f} % (at the start {100 * log[0]['accuracy']:.1f} %)"
+              + "; no step of this run was better than its start" * (best["step"] == 0))
     return best["accuracy"]
 
 
