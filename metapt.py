@@ -76,6 +76,8 @@ class Task:
         """The task in `path`, a task.json or a folder that holds one. Raises InputError."""
         path = Path(path) / "task.json" if Path(path).is_dir() else Path(path)
         form = '{"name": ..., "template": ..., "words": [...]}'
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder; give a folder with a task.json, {form}")
         facts = read_json(path, f"write {form}")
         try:
             return cls(facts["name"], facts["template"], facts["words"])
@@ -171,11 +173,14 @@ class PromptedT5(torch.nn.Module):
 
     def encode(self, examples):
         """Examples (dicts with the template's fields and, where known, a `label`) as a batch: input_ids [B, L],
-        attention_mask [B, L] and, where every example has one, labels [B]. Kept on the CPU until used."""
+        attention_mask [B, L] and, where every example has one, labels [B]. Kept on the CPU until used. Raises
+        InputError for a label that is no index into the task's words."""
         texts = [torch.tensor(self._fill(example)) for example in examples]
         batch = pad([(ids, torch.ones_like(ids)) for ids in texts], self.tokenizer.pad_token_id)
         if all("label" in example for example in examples):
             batch["labels"] = torch.tensor([example["label"] for example in examples])
+            if not set(batch["labels"].tolist()) <= set(range(len(self.task.words))):
+                raise InputError(f"labels {batch['labels'].tolist()} are not all indices of {self.task.words}")
         return batch
 
     def forward(self, prompt, batch):
@@ -323,6 +328,8 @@ def load_t5(name, device="cpu", dtype="float32"):
     """A T5, T5 v1.1, flan-t5 or LM-adapted T5 by hub name or folder, and its tokenizer. Reads safetensors only and
     runs no code that comes with a model. Raises InputError."""
     try:
+        if str(name)[0] in "./" and not Path(name).is_dir():
+            raise ValueError("no such folder")
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != "t5":
             raise ValueError(f"it is no T5 but {kind}; choose one, as google-t5/t5-base")

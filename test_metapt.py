@@ -200,6 +200,11 @@ def test_truncation_cuts_the_text_and_never_the_template(tokenizer):
         PromptedT5(t5, tokenizer, SENTIMENT, max_length=3).encode([{"text": "plot"}])
 
 
+def test_encode_refuses_a_label_without_a_word(tokenizer):
+    with pytest.raises(InputError, match=r"labels \[0, 5\] are not all indices"):
+        PromptedT5(make_t5(tokenizer), tokenizer, SENTIMENT).encode([{"text": "a", "label": 0}, {"text": "b", "label": 5}])
+
+
 def make_unigram_tokenizer():
     """A tokenizer with marks of new words, as T5's own has."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", "▁It", "▁was", "▁bad", "▁good", ".", "▁.", "▁plot", "plot", "ish", "<", "a", "_"]
