@@ -147,7 +147,7 @@ def run_one(args, task, prompt, shots, seed, weights):
         save_prompt(saved_folder(args, run["task"], prompt, shots, seed), tuned, model.t5, **run, **made,
                     accuracy=score["accuracy"], template=model.task.template, words=model.task.words)
     run |= {fact: facts[fact] for fact in SOURCE_FACTS if fact in facts}
-    run |= {"source": facts.get("arguments", {}).get("source"), "words": model.task.words, **score, **course, **made}
+    run |= {"words": model.task.words, **score, **course, **made}
     tqdm.write(f"{run['task']}, {method_name(run)} ({prompt}), {shots} shots, seed {seed}: "
                f"{100 * score['accuracy']:.1f} %, macro-F1 {100 * score['macro_f1']:.1f}, "
                f"{100 * score['in_words']:.0f} % answer with a task word; {course['epochs']} epochs, "
