@@ -1,14 +1,27 @@
 """
-Source data and downstream tasks (Sections 4.1 and 5.1, Appendix C): official files in, JSON lines out.
+Source data and downstream tasks (Sections 4.1 and 5.1, Appendix C): official files in, JSON lines
+out. From top to bottom:
 
-    python data.py convert yelp5 --input yelp_review_full_csv.tgz --out tasks/yelp5    # or any other dataset
-    python data.py labeller --task tasks/yelp5 --out labeller                          # RoBERTa, for pseudo-labels
+    Examples              JSON lines, task folders, the few-shot split of Section 5.1
+    Readers               one for each dataset of Appendix C
+    Pseudo-labels         Section 4.1: a labeller, a corpus, what is kept of it
+    The offline demo      reviews written by a grammar, and a tiny T5 pre-trained on them
+    The command line      the same for every script; then this one's own
+
+    python data.py convert yelp5 --input yelp_review_full_csv.tgz --out tasks/yelp5   # or another
+    python data.py labeller --task tasks/yelp5 --out labeller           # RoBERTa, for pseudo-labels
     python data.py pseudo-label --labeller labeller --corpus openwebtext.tar.xz --out source
-    python data.py demo                                                                # the offline demo, in demo/
+    python data.py demo                                                 # the offline demo, in demo/
 
-A task is a folder: task.json (the template and the words), train.jsonl, test.jsonl and, where the dataset has one,
-validation.jsonl. A line is an example, {"text": "...", "label": 0}, the label an index into the words.
+A task is a folder: task.json (the template and the words), train.jsonl, test.jsonl and, where the
+dataset has one, validation.jsonl. A line is an example, {"text": "...", "label": 0}, the label an
+index into the words.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import array
@@ -23,17 +36,16 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import platform
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
@@ -43,29 +55,34 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import (AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, T5Config,
-                          T5ForConditionalGeneration)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from metapt import InputError, Task, first_line, parse_json, read_json, write_beside, write_json
+from metapt import InputError, Task, best_of, blame, linear_schedule
+from metapt import parse_json, read_json, write_beside, write_json
 
 transformers_logging.disable_progress_bar()  # the scripts have their own
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 TEMPLATE = "{text} It was {mask}"  # the paper's, Section 3
-BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile,
-          KeyError, RuntimeError)  # the last two of zipfile, for a name that is not there or a password
-WORDS = {5: ["terrible", "bad", "okay", "good", "great"], 3: ["bad", "okay", "good"], 2: ["bad", "good"]}
+WORDS = {
+    5: ["terrible", "bad", "okay", "good", "great"],
+    3: ["bad", "okay", "good"],
+    2: ["bad", "good"],
+}
+# What the packers of the standard library raise beside OSError, EOFError and ValueError.
+BROKEN = (zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 
-# ------------------------------------------------------------------------------------------- examples as JSON lines
+
+# -------------------------------------------------------------------------- Examples as JSON lines
 
 
 def open_packed(path):
-    """A file for reading bytes; .gz and .xz are unpacked as they are read. A path may lead into a .zip or a tar, packed
-    or not, as SST-2.zip/SST-2/train.tsv does."""
+    """A file for reading bytes; .gz and .xz are unpacked as they are read. A path may lead into a
+    .zip or a tar, packed or not, as SST-2.zip/SST-2/train.tsv does."""
     path = Path(path)
     archive = next((parent for parent in path.parents if parent.is_file()), None)
     if archive is None:
@@ -73,73 +90,84 @@ def open_packed(path):
     elif zipfile.is_zipfile(archive):
         file = zipfile.ZipFile(archive).open(path.relative_to(archive).as_posix())
     else:
-        tar = tarfile.open(archive, "r|*")  # read once from front to back
-        file = next(tar.extractfile(member) for member in tar if member.isfile() and archive / member.name == path)
+        tar = tarfile.open(archive, "r|*")  # read once, from front to back
+        members = (member for member in tar if member.isfile() and archive / member.name == path)
+        file = tar.extractfile(next(members))
     unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
     return io.BufferedReader(unpack(file, "rb") if unpack else file, 2**20)
 
 
 def numbered_lines(path):
-    """Yields (number, line) of a UTF-8 text file as open_packed reads it. Raises InputError with file and line."""
+    """Yields (number, line) of a UTF-8 text file as open_packed reads it. Raises InputError with
+    the file and the line."""
     number = 0
-    try:
-        with open_packed(path) as file:
-            for number, line in enumerate(file, 1):
-                if b"\0" in line:
-                    raise ValueError("it holds a NUL byte")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except ValueError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text: {error}; save it as UTF-8")
-    except BROKEN as error:
-        raise InputError(f"{path}:{number + 1}: broken or cut off here: {error}")
+    with blame(path, "check the path", *BROKEN):
+        file = open_packed(path)
+    with file, blame(lambda: f"{path}:{number}", "give a whole file of UTF-8 text", *BROKEN):
+        lines = iter(file)
+        while True:
+            number += 1
+            line = next(lines, None)
+            if line is None:
+                return
+            if b"\0" in line:
+                raise ValueError("it holds a NUL byte")
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
 def read_examples(path, task, labelled=True):
-    """Yields the examples of a .jsonl file, or of a .txt file with a text on each line; .gz and .xz too.
-    Every field of the task's template must be there and, where `labelled`, a label that is an index into its words.
-    Raises InputError with the file and the line."""
+    """Yields the examples of a .jsonl file, or of a .txt file with a text on each line; .gz and .xz
+    too. Every field of the task's template must be there and, where `labelled`, a label that is an
+    index into its words. Raises InputError with the file and the line."""
     plain = unpacked_name(path).endswith(".txt")
-    for number, line in numbered_lines(path):
-        if not line.strip():
-            continue
-        try:
+    number = 0
+    with blame(lambda: f"{path}:{number}", 'write examples, as {"text": "...", "label": 0}'):
+        for number, line in numbered_lines(path):
+            if not line.strip():
+                continue
             example = {"text": line.strip()} if plain else parse_json(line)
-        except ValueError as error:
-            raise InputError(f'{path}:{number}: not a JSON object, as {{"text": "...", "label": 0}}: {error}')
-        if problem := example_problem(example, task, labelled):
-            raise InputError(f"{path}:{number}: {problem}")
-        yield example
+            check_example(example, task, labelled)
+            yield example
 
 
 def unpacked_name(path):
     return re.sub(r"\.(gz|xz)$", "", Path(path).name)
 
 
-def example_problem(example, task, labelled):
-    """What keeps a value from being an example of `task`, or None."""
+def check_example(example, task, labelled=True):
+    """Raises ValueError where a value is no example of `task`."""
     if not isinstance(example, dict):
-        return 'not a JSON object, as {"text": "...", "label": 0}'
+        raise ValueError("not a JSON object")
     for field in task.fields:
-        if not isinstance(example.get(field), str) or not example[field].strip():
-            return f"the template of task {task.name} needs {field!r} to be a text here"
+        if not isinstance(example.get(field), str):
+            raise ValueError(f"the template of task {task.name} needs {field!r} to be a text here")
+        if not example[field].strip():
+            raise ValueError(f"{field!r} is empty")
+
     label = example.get("label")
     if labelled and (type(label) is not int or not 0 <= label < len(task.words)):
-        return f"label {label!r} is not one of 0 to {len(task.words) - 1}, the indices of {task.words}"
-    confidence, cluster = example.get("confidence", 1), example.get("cluster", 0)
-    if type(confidence) not in (int, float) or not 0 <= confidence <= 1 or type(cluster) is not int:
-        return f"confidence {confidence!r} is not a number from 0 to 1, or cluster {cluster!r} not a whole one"
+        last = len(task.words) - 1
+        raise ValueError(f"label {label!r} is not one of 0 to {last}, the indices of {task.words}")
+    confidence = example.get("confidence", 1)
+    if type(confidence) not in (int, float) or not 0 <= confidence <= 1:
+        raise ValueError(f"confidence {confidence!r} is not a number from 0 to 1")
+    if type(example.get("cluster", 0)) is not int:
+        raise ValueError(f"cluster {example['cluster']!r} is not a whole number")
 
 
 def write_examples(path, examples):
     """Writes JSON lines, beside `path` first and then renamed."""
+
     def write(beside):
         with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+            for example in examples:
+                file.write(json.dumps(example, ensure_ascii=False) + "\n")
+
     write_beside(path, write)
 
 
 def write_task(folder, task, splits):
-    """Writes task.json and a .jsonl file for each split."""
+    """Writes task.json and a .jsonl file for each split: all of them, or on an error none."""
     with folder_beside(folder) as beside:
         for split, examples in splits.items():
             write_examples(beside / f"{split}.jsonl", examples)
@@ -148,7 +176,7 @@ def write_task(folder, task, splits):
 
 @contextlib.contextmanager
 def folder_beside(folder):
-    """A new folder to fill, whose files move to `folder` at the end: all of them, or on an error none."""
+    """A new folder to fill, whose files move to `folder` at the end; on an error none does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         yield Path(beside)
@@ -157,465 +185,670 @@ def folder_beside(folder):
             os.replace(file, folder / file.name)
 
 
-def few_shot(examples, shots, seed, validation_shots=None, balanced=False):
-    """Section 5.1's split: `shots` examples to train on and validation_shots others (default: as many) to validate
-    on, drawn at random with `seed`; `balanced` draws equally from every class. Raises InputError."""
+def few_shot(labels, shots, seed, validation_shots=None, balanced=False):
+    """Section 5.1's split, as row numbers: `shots` examples to train on and validation_shots others
+    (default: as many) to validate on, drawn at random with `seed` from a training split whose
+    labels are given; `balanced` draws equally from every class. Raises InputError."""
     validation_shots = shots if validation_shots is None else validation_shots
-    if shots + validation_shots > len(examples):
-        raise InputError(f"{shots} + {validation_shots} examples cannot be drawn from the {len(examples)} of "
-                         "train.jsonl; lower --shots")
-    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    if shots + validation_shots > len(labels):
+        raise InputError(
+            f"{shots} + {validation_shots} examples cannot be drawn from the {len(labels)} of "
+            "train.jsonl; lower --shots"
+        )
+    order = np.random.default_rng(seed).permutation(len(labels))
     if balanced:  # every class's first example, then every class's second, ...
-        seen = collections.Counter()
-        rank = {}
-        for index in order:
-            rank[index] = seen[examples[index]["label"]]
-            seen[examples[index]["label"]] += 1
-        order.sort(key=rank.get)
-    drawn = [examples[index] for index in order[:shots + validation_shots]]
+        turn = np.empty(len(labels), dtype=np.int64)
+        for label in np.unique(labels):
+            members = np.flatnonzero(np.asarray(labels)[order] == label)
+            turn[members] = np.arange(len(members))
+        order = order[np.argsort(turn, kind="stable")]
+    drawn = order[: shots + validation_shots].tolist()
     return drawn[:shots], drawn[shots:]
 
 
-# ------------------------------------------------------- readers: official files in, (text, label or why dropped) out
+# ------------------------------------- Readers: official files in, (text, label or why dropped) out
 
 
 def read_sst(path, classes):
-    """Stanford Sentiment Treebank, one bracketed tree a line; the root's digit is the grade. With 2 classes the
-    neutral sentences are dropped."""
+    """Stanford Sentiment Treebank, one bracketed tree a line; the root's digit is the grade. With
+    2 classes the neutral sentences are dropped."""
+    positive = {0: 0, 1: 0, 3: 1, 4: 1}
     for number, line in numbered_lines(path):
         if not line.strip():
             continue
         tokens = re.findall(r"\([0-4] ([^()]+)\)", line)
-        if not re.match(r"\s*\([0-4] ", line) or not tokens or line.count("(") != line.count(")"):
-            raise InputError(f"{path}:{number}: not a tree, as (3 (2 It) (4 works)); give the official trees")
+        closed = line.count("(") == line.count(")")
+        if not re.match(r"\s*\([0-4] ", line) or not tokens or not closed:
+            problem = "not a tree, as (3 (2 It) (4 works)); give the official trees"
+            raise InputError(f"{path}:{number}: {problem}")
         text = " ".join(tokens).replace("\xa0", " ").replace("-LRB-", "(").replace("-RRB-", ")")
+        text = re.sub(r"\\([/*])", r"\1", text)
         grade = int(line.lstrip()[1])
-        label = grade if classes == 5 else {0: 0, 1: 0, 3: 1, 4: 1}.get(grade, "neutral")
-        yield re.sub(r"\\([/*])", r"\1", text), label
+        yield text, grade if classes == 5 else positive.get(grade, "neutral")
 
 
 def read_sst2(path):
-    """SST-2 from the trees, or from GLUE's .tsv with its header, where quotes are text like any other."""
+    """SST-2 from the trees, or from GLUE's .tsv with its header, where quotes are text."""
     if not unpacked_name(path).endswith(".tsv"):
         yield from read_sst(path, 2)
         return
     for number, line in numbered_lines(path):
         text, _, label = line.rstrip("\r\n").rpartition("\t")
-        if (text, label) != ("sentence", "label") if number == 1 else label not in ("0", "1"):
-            raise InputError(f"{path}:{number}: not GLUE's sentence, tab, label; give its train.tsv and dev.tsv")
+        right = (text, label) == ("sentence", "label") if number == 1 else label in ("0", "1")
+        if not right:
+            problem = "not GLUE's sentence, tab, label; give its train.tsv and dev.tsv"
+            raise InputError(f"{path}:{number}: {problem}")
         if number > 1:
             yield text.strip(), int(label)
 
 
 def read_zhang(path, classes):
-    """Yelp and Amazon reviews of Zhang et al. (2015): the class from 1, then the text, or a title and the text. Quotes
-    are doubled, as in any CSV, and have a backslash before them too; a backslash and an n are a new line."""
+    """Yelp and Amazon reviews of Zhang et al. (2015): the class from 1, then the text, or a title
+    and the text. Quotes are doubled, as in any CSV, and have a backslash before them too; a
+    backslash and an n are a new line."""
     rows = csv.reader((line for _, line in numbered_lines(path)), strict=True)
     labels = {str(label + 1): label for label in range(classes)}
-    try:
-        for row in filter(None, rows):
+    with blame(lambda: f"{path}:{rows.line_num}", "give the official CSV file", csv.Error):
+        for row in rows:
+            if not row:
+                continue
             if len(row) not in (2, 3) or row[0] not in labels:
-                raise InputError(f"{path}:{rows.line_num}: not a class from 1 to {classes} and one or two texts; "
-                                 "give the official file")
+                raise ValueError(f"not a class from 1 to {classes} and one or two texts")
             texts = [text.replace('\\"', '"').replace("\\n", "\n").strip() for text in row[1:]]
             yield " ".join(filter(None, texts)), labels[row[0]]
-    except csv.Error as error:
-        raise InputError(f"{path}:{rows.line_num}: not the CSV of the official files: {error}")
 
 
 def read_sentihood(path):
-    """SentiHood: a JSON array of sentences with opinions on aspects. A sentence is kept where they all agree."""
-    try:
-        sentences = parse_json(open_packed(path).read().decode("utf-8-sig"))
-        for item in sentences:
-            yield item["text"].strip(), agreed([opinion["sentiment"] for opinion in item["opinions"]],
-                                               {"Negative": 0, "Positive": 1})
-    except (ValueError, KeyError, TypeError, AttributeError, *BROKEN) as error:
-        raise InputError(f"{path}: not the array of SentiHood, [{{text, opinions: [{{sentiment}}]}}]: {error!r}")
+    """SentiHood: a JSON array of sentences with opinions on aspects. A sentence is kept where they
+    all agree."""
+    form = "[{text, opinions: [{sentiment}]}]"
+    with blame(path, f"give the array of SentiHood, {form}", TypeError, AttributeError, *BROKEN):
+        for item in parse_json(open_packed(path).read().decode("utf-8-sig")):
+            opinions = [opinion["sentiment"] for opinion in item["opinions"]]
+            yield item["text"].strip(), agreed(opinions, {"Negative": 0, "Positive": 1})
 
 
 def read_semeval(path):
-    """SemEval-2016 task 5, subtask 1: XML with opinions in each sentence. A sentence is kept where they all agree."""
-    try:
-        root = ElementTree.fromstring(open_packed(path).read())  # bytes, so that the XML names its own encoding
-    except (ElementTree.ParseError, ValueError, LookupError, *BROKEN) as error:
-        raise InputError(f"{path}: not the XML of SemEval-2016 task 5: {error}")
+    """SemEval-2016 task 5, subtask 1: XML with opinions in each sentence. A sentence is kept where
+    they all agree."""
+    with blame(path, "give the XML of SemEval-2016 task 5", ElementTree.ParseError, *BROKEN):
+        # From bytes, so that the XML names its own encoding.
+        root = ElementTree.fromstring(open_packed(path).read())
     for sentence in root.iter("sentence"):
         text = (sentence.findtext("text") or "").strip()
-        polarities = [opinion.get("polarity") for opinion in sentence.iter("Opinion")]
+        opinions = [opinion.get("polarity") for opinion in sentence.iter("Opinion")]
         if sentence.get("OutOfScope", "").lower() == "true":
             yield text, "out of scope"
         else:
-            yield text, agreed(polarities, {"negative": 0, "neutral": 1, "positive": 2})
+            yield text, agreed(opinions, {"negative": 0, "neutral": 1, "positive": 2})
 
 
 def agreed(opinions, labels):
     """The label of a sentence whose opinions are all the same; otherwise why it is dropped."""
     if not opinions:
         return "no opinion"
-    if unknown := [opinion for opinion in opinions if opinion not in labels]:
-        return f"unknown opinion {unknown[0]!r}"
-    return labels[opinions[0]] if len(set(opinions)) == 1 else "mixed opinions"
+    for opinion in opinions:
+        if opinion not in labels:
+            return f"unknown opinion {opinion!r}"
+    if len(set(opinions)) > 1:
+        return "mixed opinions"
+    return labels[opinions[0]]
 
 
-# Appendix C: task -> classes, reader, and how the official file of each split may be called
+# Appendix C: task -> classes, reader, and how the official file of each split may be called.
 TREES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
+GLUE = {"train": "train.txt train.tsv", "validation": "dev.txt", "test": "test.txt dev.tsv"}
 ZHANG = {"train": "train.csv", "test": "test.csv"}
+SENTIHOOD = {"train": "*train*.json", "validation": "*dev*.json", "test": "*test*.json"}
+RESTAURANTS = {"train": "*Rest*Train*.xml", "test": "*REST*TEST*.gold"}
+LAPTOPS = {"train": "*Lap*Train*.xml", "test": "*LAPT*TEST*.gold"}
 DATASETS = {
-    "sst5": (5, lambda path: read_sst(path, 5), TREES),
-    "sst2": (2, read_sst2, {"train": "train.txt train.tsv", "validation": "dev.txt", "test": "test.txt dev.tsv"}),
-    "yelp5": (5, lambda path: read_zhang(path, 5), ZHANG),
-    "amazon5": (5, lambda path: read_zhang(path, 5), ZHANG),
-    "amazon2": (2, lambda path: read_zhang(path, 2), ZHANG),
-    "sentihood": (2, read_sentihood, {"train": "*train*.json", "validation": "*dev*.json", "test": "*test*.json"}),
-    "semeval_restaurant": (3, read_semeval, {"train": "*Rest*Train*.xml", "test": "*REST*TEST*.gold"}),
-    "semeval_laptop": (3, read_semeval, {"train": "*Lap*Train*.xml", "test": "*LAPT*TEST*.gold"}),
+    "sst5": (5, partial(read_sst, classes=5), TREES),
+    "sst2": (2, read_sst2, GLUE),
+    "yelp5": (5, partial(read_zhang, classes=5), ZHANG),
+    "amazon5": (5, partial(read_zhang, classes=5), ZHANG),
+    "amazon2": (2, partial(read_zhang, classes=2), ZHANG),
+    "sentihood": (2, read_sentihood, SENTIHOOD),
+    "semeval_restaurant": (3, read_semeval, RESTAURANTS),
+    "semeval_laptop": (3, read_semeval, LAPTOPS),
 }
 
 
-def convert(name, source, out, test_share):
-    """Writes the task folder `out` from a dataset's official file, the folder of them or the archive of them, and
-    prints what of each split was kept and what was dropped, and why."""
-    classes, reader, patterns = DATASETS[name]
-    files = find_splits(Path(source), patterns)
-    counts = {split: collections.Counter() for split in files}  # of labels, and of reasons to drop
-
-    def examples(split):
-        counts[split].clear()
-        for text, label in tqdm(reader(files[split]), f"{name} {split}", unit=" lines", disable=None):
-            label = "empty text" if not text and type(label) is int else label
-            counts[split][label] += 1
-            if type(label) is int:
-                yield {"text": text, "label": label}
-        if not any(type(label) is int for label in counts[split]):
-            raise InputError(f"{files[split]}: no labelled text for {split} here; give the official file of {name}")
-
-    splits = {split: examples(split) for split in files}
-    if test_share and "test" not in splits:  # a random share, always the same, drawn once their number is known
-        count = sum(1 for _ in examples("train"))
-        test = np.random.default_rng(0).permutation(count) < round(test_share * count)
-        splits["train"] = itertools.compress(examples("train"), ~test)
-        splits["test"] = itertools.compress(examples("train"), test)
-        print(f"no test file: {test.sum():,} of the training examples are drawn to be the test split")
-    write_task(Path(out), Task(name, TEMPLATE, WORDS[classes]), splits)
-    for split, path in files.items():
-        kept = {word: counts[split].pop(label, 0) for label, word in enumerate(WORDS[classes])}
-        print(f"{path}: kept {sum(kept.values()):,} for {split}: "
-              + ", ".join(f"{count:,} {word}" for word, count in kept.items()) + "; dropped "
-              + (", ".join(f"{count:,} ({why})" for why, count in counts[split].items()) or "none"))
-    print(f"wrote {out}: task.json and {', '.join(f'{split}.jsonl' for split in splits)}")
-
-
 def find_splits(source, patterns):
-    """The official file of each split in a folder, a .zip or a tar; a file of another name is the training split."""
-    try:
+    """The official file of each split in a folder, a .zip or a tar; a file of another name is the
+    training split. Raises InputError."""
+    with blame(source, "give the official file again", *BROKEN):
         if source.is_dir():
             files = sorted(source.iterdir())
         elif zipfile.is_zipfile(source):
-            files = [source / name for name in zipfile.ZipFile(source).namelist() if not name.endswith("/")]
+            names = zipfile.ZipFile(source).namelist()
+            files = [source / name for name in names if not name.endswith("/")]
         elif tarfile.is_tarfile(source):
             files = [source / member.name for member in tarfile.open(source) if member.isfile()]
         else:
             files = [source]
-        files = [file for file in files if source in (file, *file.parents)]  # an absolute name would leave the archive
-    except (OSError, *BROKEN) as error:
-        raise InputError(f"{source}: broken, cut off or not there: {error}")
-    found = {split: file for split, names in patterns.items() for name in names.split() for file in reversed(files)
-             if fnmatch.fnmatchcase(unpacked_name(file), name)}
+    # An absolute name in an archive would lead out of it.
+    files = [file for file in files if source in (file, *file.parents)]
+
+    found = {}
+    for split, names in patterns.items():
+        for name in names.split():
+            fitting = [f for f in files if fnmatch.fnmatchcase(unpacked_name(f), name)]
+            if fitting:
+                found[split] = fitting[0]
     if not found and files != [source]:
-        raise InputError(f"{source}: no file of this dataset here; looked for {', '.join(patterns.values())}")
+        wanted = ", ".join(patterns.values())
+        raise InputError(f"{source}: no file of this dataset here; looked for {wanted}")
     return found or {"train": source}
 
 
-# ------------------------------------------------------------ pseudo-labels (Section 4.1): a labeller, then a corpus
+def convert(name, source, out, test_share=0.0):
+    """Writes the task folder `out` from a dataset's official file, the folder of them or the
+    archive of them, and prints what of each split was kept and what was dropped, and why. Where
+    there is no test file, a share of the training examples can be drawn for it."""
+    classes, reader, patterns = DATASETS[name]
+    source, out = Path(source), Path(out)
+    files = find_splits(source, patterns)
+    counts = {split: collections.Counter() for split in files}  # of labels, of reasons to drop
+
+    def examples(split):
+        counts[split].clear()
+        lines = tqdm(reader(files[split]), f"{name} {split}", unit=" lines", disable=None)
+        for text, label in lines:
+            kept = type(label) is int
+            if kept and not text:
+                kept, label = False, "empty text"
+            counts[split][label] += 1
+            if kept:
+                yield {"text": text, "label": label}
+        if not any(type(label) is int for label in counts[split]):
+            raise InputError(
+                f"{files[split]}: no labelled text for {split} here; give the official {name}"
+            )
+
+    splits = {split: examples(split) for split in files}
+    if test_share and "test" not in splits:
+        # Always the same share, drawn once the number of examples is known.
+        count = sum(1 for _ in examples("train"))
+        test = np.random.default_rng(0).permutation(count) < round(test_share * count)
+        splits["train"] = itertools.compress(examples("train"), ~test)
+        splits["test"] = itertools.compress(examples("train"), test)
+        print(f"no test file: {test.sum():,} of the training examples are drawn for a test split")
+    write_task(out, Task(name, TEMPLATE, WORDS[classes]), splits)
+
+    for split, path in files.items():
+        kept = [f"{counts[split].pop(i, 0):,} {word}" for i, word in enumerate(WORDS[classes])]
+        dropped = [f"{count:,} ({why})" for why, count in counts[split].items()] or ["none"]
+        print(f"{path}: for {split} kept {', '.join(kept)}; dropped {', '.join(dropped)}")
+    print(f"wrote {out}: task.json and {', '.join(f'{split}.jsonl' for split in splits)}")
+    if "test" not in splits:
+        print(
+            "no test file was there, and finetune.py needs one: give the folder of all files, or "
+            "--test-share 0.3 to draw three in ten training examples for it"
+        )
 
 
-def load_classifier(name, device, **arguments):
-    """A sequence classifier by hub name or folder, and its tokenizer. Reads safetensors only. Raises InputError."""
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **arguments)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers raises all kinds
-        raise InputError(f"{name}: cannot be loaded as a sequence classifier: {first_line(error)}")
+# ------------------------------------------- Pseudo-labels (Section 4.1): a labeller, then a corpus
+
+
+def train_classifier(model, tokenize, examples, total, learning_rate, warmup, batch_size):
+    """The labeller of Section 5.1: fine-tunes a sequence classifier on (text, label) pairs for
+    `total` steps. Yields the number of steps made, after each of them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    device, order = model.device, iter(())
+    for step in range(total):
+        rows = next(order, None)
+        if rows is None:  # a new epoch
+            order = iter(torch.randperm(len(examples)).split(batch_size))
+            rows = next(order)
+        texts, labels = zip(*(examples[i] for i in rows))
+        optimizer.param_groups[0]["lr"] = learning_rate * linear_schedule(step, total, warmup)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model.train()(**tokenize(texts).to(device)).logits
+        loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(labels).to(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step + 1
 
 
 @torch.no_grad()
 def classify(model, tokenize, texts, batch_size):
-    """Each text's label and its confidence, the label's probability: two lists. Texts of like length share a batch, so
-    that little is padded."""
+    """Each text's label and its confidence, the label's probability: two lists. Texts of about one
+    length share a batch, so that little is padded."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    batches = (tokenize([texts[i] for i in order[j:j + batch_size]]) for j in range(0, len(texts), batch_size))
-    logits = torch.cat([model(**batch.to(model.device)).logits for batch in batches])
-    confidences, labels = logits.float().softmax(-1)[np.argsort(order)].max(-1)
+    logits = []
+    for start in range(0, len(texts), batch_size):
+        batch = tokenize([texts[i] for i in order[start : start + batch_size]])
+        logits.append(model(**batch.to(model.device)).logits)
+    probabilities = torch.cat(logits).float().softmax(-1)[np.argsort(order)]
+    confidences, labels = probabilities.max(-1)
     return labels.tolist(), confidences.tolist()
 
 
-def train_labeller(args):
-    """The labeller of Section 5.1: fine-tunes a sequence classifier on a task folder and writes the best by accuracy on
-    validation.jsonl, or else on args.validation training examples, with its tokenizer and the task, to args.out."""
-    out, folder, task = Path(args.out), Path(args.task), Task.load(args.task)
-    splits = [[(" ".join(example[field] for field in task.fields), example["label"])
-               for example in read_examples(folder / name, task)]
-              for name in ("train.jsonl", "validation.jsonl") if name == "train.jsonl" or (folder / name).exists()]
-    if len(splits) == 1:
-        np.random.default_rng(args.seed).shuffle(splits[0])
-        splits = splits[0][args.validation:], splits[0][:args.validation]
-    if not all(splits):
-        raise InputError(f"{folder}: no examples to train on or none to validate on; change --validation")
-    training, (texts, truths) = splits[0], zip(*splits[1])
-    torch.manual_seed(args.seed)  # of the classifier's new layer too
-    kind = {"num_labels": len(task.words), "ignore_mismatched_sizes": True}
-    model, tokenizer = load_classifier(args.model, args.device, **kind)
-    tokenize = partial(tokenizer, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    total = args.max_steps or args.max_epochs * -(-len(training) // args.batch_size)
-    best, log = {"step": 0, "accuracy": -1.0}, []
-    batches = (rows for _ in itertools.count() for rows in torch.randperm(len(training)).split(args.batch_size))
-    with StopSignal() as stop, tqdm(total=total, desc="labeller", disable=None) as bar:
-        for step, rows in enumerate(itertools.islice(batches, total), 1):
-            inputs, labels = zip(*(training[i] for i in rows))
-            optimizer.param_groups[0]["lr"] = args.learning_rate * linear_schedule(step - 1, total, args.warmup)
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-                logits = model.train()(**tokenize(inputs).to(args.device)).logits
-            torch.nn.functional.cross_entropy(logits.float(), torch.tensor(labels).to(args.device)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update()
-            if stop or step % args.eval_every == 0 or step == total:
-                accuracy = np.mean(np.array(classify(model.eval(), tokenize, texts, 2 * args.batch_size)[0]) == truths)
-                log.append({"step": step, "accuracy": float(accuracy)})
-                if accuracy > best["accuracy"]:
-                    best = log[-1]
-                    with folder_beside(out) as beside:
-                        model.save_pretrained(beside)
-                        tokenizer.save_pretrained(beside)
-                        task.save(beside)
-                write_examples(out / "log.jsonl", log)
-                save_arguments(out / "arguments.json", args)
-                bar.set_postfix(accuracy=f"{accuracy:.3f}", best=f"{best['accuracy']:.3f}")
-            if stop:
-                raise KeyboardInterrupt(f"stopped at step {step:,}; {out} holds the best so far; --model {out} goes on")
-            if step - best["step"] >= args.patience * args.eval_every:
-                break
-    largest = max(truths.count(label) for label in truths) / len(truths)
-    print(f"wrote {out}: the labeller of step {best['step']:,} of {step:,}, validation accuracy "
-          f"{100 * best['accuracy']:.1f} % on {len(truths):,} examples (the largest class: {100 * largest:.1f} %)")
+def label_block(texts, label, min_words, max_words):
+    """What becomes of some texts of a corpus (None stands for no text): the pseudo-labelled
+    examples, and counts of what was dropped. `label` gives the labels and confidences of texts."""
+    words = [0 if text is None else text.count(" ") + 1 for text in texts]
+    fitting = [text for text, n in zip(texts, words) if min_words <= n <= max_words]
+    labels, confidences = label(fitting) if fitting else ([], [])
+    examples = [
+        {"text": text, "label": label, "confidence": round(p, 4)}
+        for text, label, p in zip(fitting, labels, confidences)
+    ]
+    counts = {
+        "read": len(texts),
+        "not text": words.count(0),
+        "too short": sum(0 < n < min_words for n in words),
+        "too long": sum(n > max_words for n in words),
+    }
+    return examples, counts
 
 
-# The ends of a corpus's units: a paragraph is a line, a sentence ends before a capital, but not in "Mr. A. Smith".
-UNITS = {"paragraph": r"\n", "sentence": r"""\n|(?:(?<=[.!?])|(?<=[.!?]["”')]))(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr)\.)"""
-                                         r"""(?<!\bMrs\.)\s+(?=["“'(]?[A-Z0-9])"""}
+def balance(labels, confidences, hashes, least, per_class=None, seed=1):
+    """Section 5.1's "high confidence" and "balancing", over N pseudo-labelled texts: which are kept
+    [N] bool, and what became of the others. Kept is what the labeller is sure of (least[label]
+    or more), no text twice (by its hash), and as many of every class, drawn at random, as the
+    smallest has or per_class says."""
+    sure = np.flatnonzero(confidences >= np.asarray(least)[labels])
+    first = sure[np.unique(hashes[sure], return_index=True)[1]]
+    sizes = np.bincount(labels[first], minlength=len(least))
+    count = min(sizes.min(), per_class or sizes.min())
+    kept = np.zeros(len(labels), dtype=bool)
+    for label in range(len(least)):
+        members = np.sort(first[labels[first] == label])
+        kept[np.random.default_rng(seed).permutation(members)[:count]] = True
+    funnel = {
+        "unsure": len(labels) - len(sure),
+        "duplicate": len(sure) - len(first),
+        "dropped by balancing": len(first) - int(kept.sum()),
+        "kept": int(kept.sum()),
+    }
+    return kept, sizes, funnel
+
+
+# A paragraph ends with its line. A sentence ends before a capital, but not in "Mr. A. B. Smith".
+END = r"""(?:(?<=[.!?])|(?<=[.!?]["”')]))"""
+ABBREVIATED = r"(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr)\.)(?<!\bMrs\.)"
+UNITS = {"paragraph": r"\n", "sentence": rf"""\n|{END}{ABBREVIATED}\s+(?=["“'(]?[A-Z0-9])"""}
 
 
 def read_corpus(paths, unit, share=1.0):
-    """Yields the paragraphs or sentences of a random `share` of the documents in corpora: .txt and .jsonl files, or
-    tars of .txt files, in further tars or not, as OpenWebText is. None stands for no text. Raises InputError."""
+    """Yields the sentences or paragraphs of a random `share` of the documents in corpora: .txt and
+    .jsonl files, or tars of .txt files, in further tars or not, as OpenWebText is. None stands for
+    no text. Raises InputError."""
     rng = random.Random(0)
     for document in itertools.chain.from_iterable(map(read_documents, paths)):
-        if rng.random() < share:
-            for text in [None] if document is None else re.split(UNITS[unit], document):
-                if text is None or text.strip():
-                    yield text and " ".join(text.split())
+        if rng.random() >= share:
+            continue
+        if document is None:
+            yield None
+            continue
+        for text in re.split(UNITS[unit], document):
+            if text.strip():
+                yield " ".join(text.split())
 
 
 def read_documents(path):
-    try:
+    # A TypeError comes from tarfile, where a gzip header is cut off.
+    with blame(path, "give the whole file", TypeError, *BROKEN):
         if tarfile.is_tarfile(path):
             with open(path, "rb") as file:
                 yield from read_tar(file)
         else:
-            yield from (example["text"] for example in read_examples(path, Task("corpus", TEMPLATE, WORDS[2]), False))
-    except (TypeError, *BROKEN) as error:  # of tarfile, where a gzip header is cut off
-        raise InputError(f"{path}: broken or cut off: {error}")
+            for example in read_examples(path, Task("corpus", TEMPLATE, WORDS[2]), labelled=False):
+                yield example["text"]
 
 
 def read_tar(file):
-    """Yields the documents of a tar, and of the tars in it, from front to back; nothing is unpacked to disk."""
+    """Yields the documents of a tar, and of the tars in it, from front to back; nothing is unpacked
+    to disk."""
     with tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
             tar.members.clear()  # where every header would be kept
-            if member.size > 2**33:  # a lie, which skipping to its end would take forever to find out
-                raise tarfile.ReadError(f"its member {member.name} would have {member.size:,} bytes")
+            if member.size > 2**33:  # a lie, which skipping to its end would take forever to show
+                raise tarfile.ReadError(f"{member.name} in it would have {member.size:,} bytes")
             if not member.isfile() or member.issparse():
                 continue
             if member.name.endswith((".xz", ".gz", ".tar", ".tgz")):
                 yield from read_tar(tar.extractfile(member))
+            elif not member.name.endswith(".txt"):
+                yield None
             else:
                 try:
-                    yield tar.extractfile(member).read().decode("utf-8") if member.name.endswith(".txt") else None
+                    yield tar.extractfile(member).read().decode("utf-8")
                 except UnicodeDecodeError:
                     yield None
 
 
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: files, continuing, processes
+
+BLOCK = 2048  # texts of the corpus that are labelled, and kept in a file, together
+
+
+def load_classifier(name, device, **arguments):
+    """A sequence classifier by hub name or folder, and its tokenizer. Reads safetensors only.
+    Raises InputError."""
+    with blame(name, "give a sequence classifier by hub name or folder", Exception):
+        arguments["use_safetensors"] = True
+        model = AutoModelForSequenceClassification.from_pretrained(name, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return model.to(device).eval(), tokenizer
+
+
+def read_pairs(path, task):
+    """[(text, label)] of a file of examples."""
+    pairs = []
+    for example in read_examples(path, task):
+        pairs.append((" ".join(example[field] for field in task.fields), example["label"]))
+    return pairs
+
+
+def train_labeller(args):
+    """Trains the labeller and writes the best by accuracy on validation.jsonl, or else on
+    args.validation training examples, with its tokenizer and the task, to args.out."""
+    out, folder, task = Path(args.out), Path(args.task), Task.load(args.task)
+    training, path = read_pairs(folder / "train.jsonl", task), folder / "validation.jsonl"
+    if path.exists():
+        validation = read_pairs(path, task)
+    else:
+        np.random.default_rng(args.seed).shuffle(training)
+        training, validation = training[args.validation :], training[: args.validation]
+    if not training or not validation:
+        raise InputError(f"{folder}: nothing to train or to validate on; change --validation")
+    try_place(out / "log.jsonl")
+
+    torch.manual_seed(args.seed)  # of the classifier's new layer too
+    shape = {"num_labels": len(task.words), "ignore_mismatched_sizes": True}
+    model, tokenizer = load_classifier(args.model, args.device, **shape)
+    cut = {"truncation": True, "max_length": args.max_length, "padding": True}
+    tokenize = partial(tokenizer, return_tensors="pt", **cut)
+    texts, truths = zip(*validation)
+    epochs = args.max_epochs * math.ceil(len(training) / args.batch_size)
+    total = args.max_steps or epochs
+    rates = {"learning_rate": args.learning_rate, "warmup": args.warmup}
+    steps = train_classifier(model, tokenize, training, total, batch_size=args.batch_size, **rates)
+
+    log = []
+    with StopSignal() as stop, tqdm(total=total, desc="labeller", disable=None) as bar:
+        for step in steps:
+            bar.update()
+            if not (stop or step % args.eval_every == 0 or step == total):
+                continue
+            labels, _ = classify(model.eval(), tokenize, texts, 2 * args.batch_size)
+            accuracy = float(np.mean(np.array(labels) == truths))
+            log.append({"step": step, "accuracy": accuracy, "loss": 1 - accuracy})
+            best = log[best_of(log)]
+            if best is log[-1]:
+                with folder_beside(out) as beside:
+                    model.save_pretrained(beside)
+                    tokenizer.save_pretrained(beside)
+                    task.save(beside)
+            write_examples(out / "log.jsonl", log)
+            save_arguments(out / "arguments.json", args)
+            bar.set_postfix(accuracy=f"{accuracy:.3f}", best=f"{best['accuracy']:.3f}")
+            if stop:
+                message = f"stopped at step {step:,}; {out} holds the best so far"
+                raise KeyboardInterrupt(f"{message}; --model {out} goes on from it")
+            if len(log) - 1 - best_of(log) >= args.patience:
+                break
+
+    largest = max(collections.Counter(truths).values()) / len(truths)
+    print(
+        f"wrote {out}: the labeller of step {best['step']:,} of {step:,}, validation accuracy "
+        f"{best['accuracy']:.1%} on {len(truths):,} examples (the largest class: {largest:.1%})"
+    )
+
+
 def pseudo_label(args):
-    """Section 4.1: labels a corpus, keeps what the labeller is sure of, and draws equally from every class. Each
-    process under torchrun labels its share; the first writes the one output. Raises InputError."""
+    """Section 4.1: labels a corpus and balances what the labeller is sure of. Every block of the
+    corpus that is labelled is a file, so that the same command continues, with other processes
+    too; --confidence and --per-class can be changed without labelling again."""
     rank, world = rank_and_world()
     out, task = Path(args.out), Task.load(args.labeller)
     if len(task.fields) != 1 or len(args.confidence) not in (1, len(task.words)):
-        raise InputError(f"{args.labeller}: --confidence takes 1 or {len(task.words)} values; a template, one field")
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    model, tokenizer = load_classifier(args.labeller, args.device, dtype=dtype)
-    if model.config.num_labels != len(task.words):
-        raise InputError(f"{args.labeller}: its classifier has {model.config.num_labels} labels, its task "
-                         f"{len(task.words)} words; train it again with data.py labeller")
-    tokenize = partial(tokenizer, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
-    out.mkdir(parents=True, exist_ok=True)
-    parts = [out / f"unbalanced-{i}-of-{world}.jsonl" for i in range(world)]
-    label_share(args, task, parts[rank], lambda texts: classify(model, tokenize, texts, args.batch_size))
+        message = f"--confidence takes 1 or {len(task.words)} values; a template, one field"
+        raise InputError(f"{args.labeller}: {message}")
+    corpus = read_corpus(args.corpus, args.unit, args.share)
+    try_place(out / "examples.jsonl")
+    check_settings(out / "blocks" / "settings.json", args)
+
+    label_corpus(corpus, out / "blocks", task, args)
     if world > 1:
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if rank > 0:
+    if rank == 0:
+        write_source(out, task, args)
+
+
+def check_settings(path, args):
+    """Raises InputError where the blocks in a folder were labelled with other arguments; writes
+    those that decide about a label where there are none."""
+    names = ("labeller", "unit", "share", "min_words", "max_words", "max_length")
+    settings = {name: getattr(args, name) for name in names}
+    settings["corpus"] = [[file, os.stat(file).st_size] for file in args.corpus]
+    settings["block"] = BLOCK
+    if args.restart and rank_and_world()[0] == 0:
+        shutil.rmtree(path.parent, ignore_errors=True)
+    if path.exists():
+        if read_json(path, "--restart begins anew") != settings:
+            message = "labelled from another corpus or with other flags; --restart begins anew"
+            raise InputError(f"{path}: {message}")
         return
-    kept, counts = balance(parts, task, args.per_class, args.seed)
-    states = [read_json(part.with_suffix(".json"), "--restart begins anew") for part in parts]
-    funnel = dict(sum((collections.Counter(state["funnel"]) for state in states), collections.Counter())) | counts
-    examples = itertools.chain.from_iterable(read_examples(part, task) for part in parts)
-    write_task(out, Task("source", task.template, task.words), {"examples": itertools.compress(examples, kept)})
-    save_arguments(out / "arguments.json", args)
-    write_json(out / "funnel.json", funnel)
-    print("\n".join(f"{count:14,} {step}" for step, count in funnel.items()))
-    print(f"wrote {out}: task.json and examples.jsonl, equally many of each of {len(task.words)} classes; "
-          f"{parts[0].name} {'and others hold' if world > 1 else 'holds'} those before balancing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
 
 
-def label_share(args, task, part, classify):
-    """Labels this process's texts of the corpus and appends those that it is sure of to the file `part`. A file beside
-    it says how far that went, so that the same command continues there."""
+def label_corpus(corpus, folder, task, args):
+    """Labels those blocks of the corpus that have no file yet; each process those of its number."""
     rank, world = rank_and_world()
-    settings = {name: getattr(args, name) for name in ("labeller", "unit", "share", "min_words", "max_words",
-                                                       "max_length", "confidence")}
-    settings["corpus"] = [[path, os.stat(path).st_size] for path in args.corpus]
-    progress = part.with_suffix(".json")
-    if args.restart or not progress.exists():
-        write_json(progress, {"settings": settings, "bytes": 0, "done": False, "funnel": {"read": 0}})
-    state = read_json(progress, "--restart begins anew")
-    kinds = [type(state.get(key)) for key in ("bytes", "done", "funnel")]
-    if state.get("settings") != settings or kinds != [int, bool, dict] or state["bytes"] < 0:
-        raise InputError(f"{progress}: broken, or from another corpus or other flags; --restart begins anew")
-    funnel = collections.Counter(state["funnel"])
-    confidence = args.confidence * (len(task.words) if len(args.confidence) == 1 else 1)
-    texts = read_corpus(args.corpus, args.unit, args.share)
-    texts = itertools.islice(texts, rank + world * funnel["read"], None, world)
-    with StopSignal() as stop, open(part, "ab") as file, tqdm(
-            desc="pseudo-label", unit=" texts", initial=funnel["read"], disable=None) as bar:
-        file.truncate(state["bytes"])
-        file.seek(0, os.SEEK_END)
-        while not state["done"]:
-            block = list(itertools.islice(texts, 32 * args.batch_size))
-            words = [-1 if text is None else text.count(" ") + 1 for text in block]
-            fit = [text for text, n in zip(block, words) if args.min_words <= n <= args.max_words]
-            for text, label, p in zip(fit, *(classify(fit) if fit else ())):
-                example = {task.fields[0]: text, "label": label, "confidence": round(p, 4)}
-                if p >= confidence[label]:
-                    file.write((json.dumps(example, ensure_ascii=False) + "\n").encode())
-                funnel["unsure"] += p < confidence[label]
-            file.flush()
-            funnel.update({"read": len(block), "not text": words.count(-1), "too short": sum(
-                0 < n < args.min_words for n in words), "too long": sum(n > args.max_words for n in words)})
-            state.update(bytes=file.tell(), done=not block, funnel=funnel)
-            write_json(progress, state)
-            bar.update(len(block))
-            if stop and block:
-                raise KeyboardInterrupt(f"stopped after {funnel['read']:,} texts and saved; the same command continues")
+    label, done = None, 0  # the labeller is loaded once there is something to label
+    with StopSignal() as stop, tqdm(desc="pseudo-label", unit=" texts", disable=None) as bar:
+        for number in itertools.count():
+            texts = list(itertools.islice(corpus, BLOCK))
+            if not texts:
+                return
+            path = folder / f"{number:06}.json.gz"
+            if number % world == rank and not path.exists():
+                label = label or load_labeller(args, task)
+                block = label_block(texts, label, args.min_words, args.max_words)
+                write_block(path, *block)
+            done += len(texts)
+            bar.update(len(texts))
+            if stop:
+                message = f"stopped after {done:,} texts and saved"
+                raise KeyboardInterrupt(f"{message}; the same command continues")
 
 
-def balance(parts, task, per_class, seed):
-    """Which lines of the files `parts` to keep, [N] bool: no duplicates, and as many of every class, drawn at random,
-    as the smallest has or per_class says; and what became of all. Holds about 9 bytes a line. Raises InputError."""
-    hashes, labels = array.array("Q"), array.array("B")
-    for part in parts:
-        for example in read_examples(part, task):
-            text = example[task.fields[0]].lower().encode()
-            hashes.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big"))
+def load_labeller(args, task):
+    """texts -> labels and confidences, by the labeller in a folder. Raises InputError."""
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    model, tokenizer = load_classifier(args.labeller, args.device, dtype=dtype)
+    if model.config.num_labels != len(task.words):
+        raise InputError(
+            f"{args.labeller}: its classifier has {model.config.num_labels} labels, its task "
+            f"{len(task.words)} words; train it again with data.py labeller"
+        )
+    cut = {"truncation": True, "max_length": args.max_length, "padding": True}
+    tokenize = partial(tokenizer, return_tensors="pt", **cut)
+    return lambda texts: classify(model, tokenize, texts, args.batch_size)
+
+
+def write_block(path, examples, counts):
+    block = json.dumps({"counts": counts, "examples": examples}, ensure_ascii=False)
+    write_beside(path, lambda beside: beside.write_bytes(gzip.compress(block.encode())))
+
+
+def read_block(path, task):
+    """The examples and the counts of a block. Raises InputError."""
+    with blame(path, "remove it and give the same command again", TypeError, *BROKEN):
+        block = parse_json(open_packed(path).read().decode("utf-8"))
+        examples, counts = block["examples"], block["counts"]
+        if not isinstance(examples, list) or not isinstance(counts, dict):
+            raise ValueError("not a block of examples")
+        if not all(type(count) is int for count in counts.values()):
+            raise ValueError("its counts are no numbers")
+        for example in examples:
+            check_example(example, task)
+    return examples, counts
+
+
+def write_source(out, task, args):
+    """Balances what was labelled, and writes examples.jsonl, task.json and funnel.json to `out`.
+    Holds 17 bytes for each text that was labelled. Raises InputError where a class is empty."""
+    field, paths = task.fields[0], sorted((out / "blocks").glob("*.json.gz"))
+    labels, confidences, hashes = array.array("B"), array.array("d"), array.array("Q")
+    read = collections.Counter()
+    for path in paths:
+        examples, counts = read_block(path, task)
+        read.update(counts)
+        for example in examples:
             labels.append(example["label"])
-    labels = np.array(labels)
-    first = np.unique(np.array(hashes), return_index=True)[1]
-    sizes = np.bincount(labels[first], minlength=len(task.words))
+            confidences.append(example.get("confidence", 1))
+            digest = hashlib.blake2b(example[field].lower().encode(), digest_size=8).digest()
+            hashes.append(int.from_bytes(digest, "big"))
+
+    labels, least = np.array(labels, dtype=np.int64), args.confidence
+    least = least * len(task.words) if len(least) == 1 else least
+    columns = labels, np.array(confidences), np.array(hashes)
+    kept, sizes, funnel = balance(*columns, least, args.per_class, args.seed)
+    labelled = np.bincount(labels, minlength=len(task.words))
+    for size, count, word in zip(sizes, labelled, task.words):
+        print(f"{word}: {count:,} labelled, sure of {size:,} different texts")
     if 0 in sizes:
-        raise InputError(f"{parts[0]}: none of class {task.words[sizes.argmin()]!r}; --restart with lower --confidence")
-    print("sure of: " + ", ".join(f"{size:,} {word}" for size, word in zip(sizes, task.words)))
-    kept = np.zeros(len(labels), dtype=bool)
-    for label in range(len(sizes)):
-        count = min(sizes.min(), per_class or sizes.min())
-        kept[np.random.default_rng(seed).permutation(np.sort(first[labels[first] == label]))[:count]] = True
-    return kept, {"duplicate": len(labels) - len(first), "dropped by balancing": len(first) - int(kept.sum()),
-                  "kept": int(kept.sum())}
+        empty = sizes.argmin()
+        mend = "lower --confidence" if labelled[empty] else "give more text, or another labeller"
+        raise InputError(
+            f"{out}: no text that is surely {task.words[empty]!r}, of {labelled[empty]:,} labelled "
+            f"so; {mend}: what was labelled is kept, and the same command goes on from it"
+        )
+
+    every = itertools.chain.from_iterable(read_block(path, task)[0] for path in paths)
+    source = Task("source", task.template, task.words)
+    write_task(out, source, {"examples": itertools.compress(every, kept)})
+    save_arguments(out / "arguments.json", args)
+    funnel = {**read, **funnel}
+    write_json(out / "funnel.json", funnel)
+    for fate, count in funnel.items():
+        print(f"{count:14,} {fate}")
+    print(
+        f"wrote {out}: task.json and examples.jsonl, equally many of each of {len(task.words)} "
+        "classes; blocks/ holds all that was labelled, to be balanced again"
+    )
 
 
-# -------------------------------------------------------------------- the offline demo: reviews written by a grammar
+# ------------------------------------------------ The offline demo: reviews written by a grammar
 
 # Words for each grade, from terrible to great. SHARED ones are used of everything.
-SHARED = ["awful horrible dreadful pathetic", "poor weak disappointing mediocre", "fine average ordinary acceptable",
-          "nice pleasant solid enjoyable", "excellent wonderful superb fantastic"]
+SHARED = (
+    "awful horrible dreadful pathetic, poor weak disappointing mediocre, fine average ordinary "
+    "acceptable, nice pleasant solid enjoyable, excellent wonderful superb fantastic"
+)
 DOMAINS = {  # domain: how its reviews may open, its aspects, and its own words for each grade
-    "films": (["we watched it last night .", "my sister took me to the cinema ."],
-              "plot acting ending script music camera",
-              ["unwatchable incoherent", "dull clumsy", "predictable watchable", "funny moving", "gripping masterful"]),
-    "restaurants": (["we had dinner there on sunday .", "the table was booked for two ."],
-                    "soup waiter dessert menu pasta kitchen",
-                    ["inedible rancid", "bland greasy", "edible filling", "tasty fresh", "delicious exquisite"]),
-    "laptops": (["i bought this computer for work .", "it came with windows installed ."],
-                "keyboard battery screen fan processor trackpad",
-                ["unusable defective", "sluggish noisy", "standard usable", "quick sturdy", "blazing flawless"]),
-    "hotels": (["we stayed for three nights .", "the place is near the beach ."],
-               "room bed pool lobby shower breakfast",
-               ["filthy infested", "cramped shabby", "basic functional", "comfortable clean", "luxurious immaculate"]),
-    "books": (["i read it in one week .", "this novel was a present ."],
-              "prose chapter hero dialogue cover style",
-              ["unreadable illiterate", "tedious shallow", "readable conventional", "clever warm",
-               "brilliant timeless"]),
-    "games": (["i played it for ten hours .", "my son has it on his console ."],
-              "level combat puzzle graphics quest controls",
-              ["unplayable broken", "repetitive buggy", "playable simple", "fun challenging", "addictive stunning"]),
+    "films": (
+        "we watched it last night, my sister took me to the cinema",
+        "plot acting ending script music camera",
+        "unwatchable incoherent, dull clumsy, predictable watchable, funny moving, "
+        "gripping masterful",
+    ),
+    "restaurants": (
+        "we had dinner there on sunday, the table was booked for two",
+        "soup waiter dessert menu pasta kitchen",
+        "inedible rancid, bland greasy, edible filling, tasty fresh, delicious exquisite",
+    ),
+    "laptops": (
+        "i bought this computer for work, it came with windows installed",
+        "keyboard battery screen fan processor trackpad",
+        "unusable defective, sluggish noisy, standard usable, quick sturdy, blazing flawless",
+    ),
+    "hotels": (
+        "we stayed for three nights, the place is near the beach",
+        "room bed pool lobby shower breakfast",
+        "filthy infested, cramped shabby, basic functional, comfortable clean, "
+        "luxurious immaculate",
+    ),
+    "books": (
+        "i read it in one week, this novel was a present",
+        "prose chapter hero dialogue cover style",
+        "unreadable illiterate, tedious shallow, readable conventional, clever warm, "
+        "brilliant timeless",
+    ),
+    "games": (
+        "i played it for ten hours, my son has it on his console",
+        "level combat puzzle graphics quest controls",
+        "unplayable broken, repetitive buggy, playable simple, fun challenging, "
+        "addictive stunning",
+    ),
 }
-SOURCE_DOMAINS, TASK_DOMAINS = ["films", "restaurants", "laptops", "hotels"], ["books", "games"]
-FRAMES = ["the {aspect} was {word}", "i found the {aspect} {word}", "we thought the {aspect} was really {word}",
-          "{word} {aspect}", "the {aspect} seemed {word} to me", "my friend called the {aspect} {word}"]
+SOURCE_DOMAINS = ["films", "restaurants", "laptops", "hotels"]
+TASK_DOMAINS = ["books", "games"]
+FRAMES = [
+    "the {aspect} was {word}",
+    "i found the {aspect} {word}",
+    "we thought the {aspect} was really {word}",
+    "{word} {aspect}",
+    "the {aspect} seemed {word} to me",
+    "my friend called the {aspect} {word}",
+]
 
 
 def write_review(domain, grade, rng):
     """A review of one to three remarks, whose words mostly agree with its grade."""
     openings, aspects, own_words = DOMAINS[domain]
+    own_words, shared = own_words.split(", "), SHARED.split(", ")
     remarks = []
     for aspect in rng.sample(aspects.split(), rng.choice([1, 2, 2, 3])):
-        said = min(4, max(0, grade + rng.choice([-1, 1]))) if rng.random() < 0.15 else grade
-        words = own_words[said] if rng.random() < 0.6 else SHARED[said]
+        said = grade
+        if rng.random() < 0.15:
+            said = min(4, max(0, grade + rng.choice([-1, 1])))
+        words = own_words[said] if rng.random() < 0.6 else shared[said]
         remarks.append(rng.choice(FRAMES).format(aspect=aspect, word=rng.choice(words.split())))
-    return f"{rng.choice(openings)} {' and '.join(remarks)} ."
+    return f"{rng.choice(openings.split(', '))} . {' and '.join(remarks)} ."
 
 
 def write_reviews(domain, count, rng):
-    return [{"text": write_review(domain, grade := i % 5, rng), "label": grade, "domain": domain}
-            for i in range(count)]
+    """`count` examples of a domain, the five grades in turn."""
+    reviews = []
+    for i in range(count):
+        text = write_review(domain, i % 5, rng)
+        reviews.append({"text": text, "label": i % 5, "domain": domain})
+    return reviews
 
 
 def demo_tokenizer(texts):
-    """A tokenizer with a piece for every word of the texts, </s> at the end and T5's sentinels."""
+    """A tokenizer with a piece for every word of the texts, </s> at the end, T5's sentinels."""
     sentinels = [f"<extra_id_{i}>" for i in range(20)]
-    words = sorted({word for text in texts for word in text.lower().split()})
-    vocabulary = {piece: i for i, piece in enumerate(["<pad>", "</s>", "<unk>", *words, *sentinels])}
+    words = sorted(set(" ".join(texts).lower().split()))
+    pieces = ["<pad>", "</s>", "<unk>", *words, *sentinels]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                   unk_token="<unk>", extra_special_tokens=sentinels)
+    end = [("</s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=sentinels,
+    )
 
 
 def corrupt(ids, sentinels, rng, closing):
-    """T5's span corruption of one text: (input ids, target ids). Spans of about 15 % of the text are replaced by
-    sentinels; a text whose `closing` is set loses only its last word, the one that sums the review up."""
+    """T5's span corruption of one text: (input ids, target ids). Spans of about 15 % of the text
+    are replaced by sentinels; a text whose `closing` is set loses only its last word, the one that
+    sums the review up."""
     if closing:
         return ids[:-1] + [sentinels[0], 1], [sentinels[0], ids[-1], sentinels[1], 1]
-    source, target, i, used = [], [], 0, 0
+    source, target = [], []
+    i = used = 0
     while i < len(ids):
         if rng.random() < 0.1 and used < len(sentinels) - 1:
             length = rng.choice([1, 1, 2, 3])
             source.append(sentinels[used])
-            target += [sentinels[used], *ids[i:i + length]]
+            target += [sentinels[used], *ids[i : i + length]]
             used, i = used + 1, i + length
         else:
             source.append(ids[i])
@@ -624,11 +857,14 @@ def corrupt(ids, sentinels, rng, closing):
 
 
 def pretrain_demo_t5(texts, tokenizer, steps, rng, batch_size=64):
-    """A tiny T5 trained from nothing by span corruption on texts of which many end in "it was good"."""
+    """A tiny T5 trained from nothing by span corruption on texts of which many end in "it was
+    good"."""
     torch.manual_seed(0)
-    t5 = T5ForConditionalGeneration(T5Config(
-        vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2, num_decoder_layers=1,
-        dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+    shape = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    layers = {"num_layers": 2, "num_decoder_layers": 1, "dropout_rate": 0.0}
+    config = T5Config(vocab_size=len(tokenizer), **shape, **layers, **ids)
+    t5 = T5ForConditionalGeneration(config)
     sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(20)])
     encoded = tokenizer(texts, add_special_tokens=False).input_ids
     closed = [bool(re.search(r"it was \w+$", text)) for text in texts]
@@ -640,26 +876,36 @@ def pretrain_demo_t5(texts, tokenizer, steps, rng, batch_size=64):
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
     for _ in tqdm(range(steps), "pre-training the demo's T5", disable=None):
-        chosen = rng.sample(range(len(texts)), batch_size)
-        pairs = [corrupt(encoded[i], sentinels, rng, closed[i] and rng.random() < 0.5) for i in chosen]
-        sources = padded([source for source, _ in pairs], 0)
-        loss = t5(input_ids=sources, attention_mask=(sources != 0).long(),
-                  labels=padded([target for _, target in pairs], -100), use_cache=False).loss
+        pairs = []
+        for i in rng.sample(range(len(texts)), batch_size):
+            pairs.append(corrupt(encoded[i], sentinels, rng, closed[i] and rng.random() < 0.5))
+        sources, targets = zip(*pairs)
+        inputs = padded(sources, 0)
+        seen = (inputs != 0).long()
+        labels = padded(targets, -100)
+        loss = t5(input_ids=inputs, attention_mask=seen, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    print(f"pre-trained a T5 of {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} million parameters; "
-          f"last loss {loss.item():.2f}")
+    size = sum(p.numel() for p in t5.parameters()) / 1e6
+    print(f"pre-trained a T5 of {size:.2f} million parameters; last loss {loss.item():.2f}")
     return t5.eval()
 
 
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files
+
+
 def write_demo(out, steps):
-    """The demo in the folder `out`: reviews, a tokenizer, a tiny T5, source data in clusters, two tasks of domains
-    that the source data has not, and for every script the arguments that suit this size."""
+    """The demo in the folder `out`: reviews, a tokenizer, a tiny T5, source data in clusters, two
+    tasks of domains that the source data has not, and for every script the arguments that suit
+    this size."""
     rng = random.Random(0)
     corpus = [review for domain in DOMAINS for review in write_reviews(domain, 1000, rng)]
-    texts = [review["text"] + f" it was {WORDS[5][review['label']]}" * (rng.random() < 0.5) for review in corpus]
+    texts = []
+    for review in corpus:
+        closing = f" it was {WORDS[5][review['label']]}" if rng.random() < 0.5 else ""
+        texts.append(review["text"] + closing)
     tokenizer = demo_tokenizer(texts)
     t5 = pretrain_demo_t5(texts, tokenizer, steps, rng)
     t5.save_pretrained(out / "t5")
@@ -668,107 +914,248 @@ def write_demo(out, steps):
     source = [review for domain in SOURCE_DOMAINS for review in write_reviews(domain, 1000, rng)]
     write_task(out / "source", Task("source", TEMPLATE, WORDS[5]), {"examples": source})
     for domain in TASK_DOMAINS:
-        splits = {"train": write_reviews(domain, 1000, rng), "test": write_reviews(domain, 1000, rng)}
+        splits = {split: write_reviews(domain, 1000, rng) for split in ("train", "test")}
         write_task(out / domain, Task(domain, TEMPLATE, WORDS[5]), splits)
-    for name, arguments in demo_arguments(out).items():
+    for name, arguments in DEMO.items():
         write_json(out / f"{name}.json", arguments)
-    print(f"$ python cluster.py --config {out / 'cluster.json'}", flush=True)
+
+    config = out / "cluster.json"
+    print(f"$ python cluster.py --config {config}", flush=True)
     script = Path(__file__).with_name("cluster.py")
-    subprocess.run([sys.executable, script, "--config", out / "cluster.json"], check=True)
+    subprocess.run([sys.executable, script, "--config", config], check=True)
 
 
-def demo_arguments(out):
-    """The arguments that suit a T5 of this size, for each script."""
-    t5, clustered = str(out / "t5"), str(out / "source" / "clustered.jsonl")
-    common = {"model": t5, "prompt_length": 20, "max_length": 64, "threads": 1}
-    meta = {**common, "source": clustered, "validation": 400}
-    tune = {**common, "task": [str(out / domain) for domain in TASK_DOMAINS], "out": str(out / "results.jsonl")}
-    return {
-        "cluster": {"source": str(out / "source" / "examples.jsonl"), "out": clustered, "encoder": t5, "k": 4},
-        "maml": {**meta, "method": "maml", "out": str(out / "maml"), "max_steps": 1000, "eval_every": 50,
-                 "tasks_per_pass": 4},
-        "ppt": {**meta, "method": "ppt", "out": str(out / "ppt"), "max_steps": 4000, "eval_every": 200},
-        "pt": {**tune, "method": "pt", "prompt": ["random", str(out / "ppt"), str(out / "maml")]},
-        "ft": {**tune, "method": "ft", "learning_rate": 0.001},
-    }
+# The arguments that suit a T5 of this size, for each script; {here} is the folder they lie in.
+SMALL = {"model": "{here}/t5", "prompt_length": 20, "max_length": 64, "threads": 1}
+META = {**SMALL, "source": "{here}/source/clustered.jsonl", "validation": 400}
+TUNE = {
+    **SMALL,
+    "task": [f"{{here}}/{domain}" for domain in TASK_DOMAINS],
+    "out": "{here}/results.jsonl",
+}
+DEMO = {
+    "cluster": {
+        "source": "{here}/source/examples.jsonl",
+        "out": "{here}/source/clustered.jsonl",
+        "encoder": "{here}/t5",
+        "k": 4,
+    },
+    "maml": {
+        **META,
+        "method": "maml",
+        "out": "{here}/maml",
+        "max_steps": 1000,
+        "eval_every": 50,
+        "tasks_per_pass": 4,
+    },
+    "ppt": {**META, "method": "ppt", "out": "{here}/ppt", "max_steps": 4000, "eval_every": 200},
+    "pt": {**TUNE, "method": "pt", "prompt": ["random", "{here}/ppt", "{here}/maml"]},
+    "ft": {**TUNE, "method": "ft", "learning_rate": 0.001},
+}
 
 
 def demo(out="demo", steps=1500, restart=False):
-    """Makes the offline demo in the folder `out` where it is not there yet, and returns the folder."""
+    """Makes the offline demo in the folder `out` where it is not there yet; returns the folder."""
     out = Path(out)
-    if restart or not (out / "source" / "clustered.jsonl").exists():  # what is written last
-        print(f"Making the offline demo in {out}/: reviews written by a small grammar in {len(DOMAINS)} domains and a "
-              "tiny T5 pre-trained on them. Nothing is downloaded; it takes about a minute.", flush=True)
+    if not restart and (out / "source" / "clustered.jsonl").exists():  # what is written last
+        return out
+    print(
+        f"Making the offline demo in {out}/: reviews written by a small grammar in {len(DOMAINS)} "
+        "domains and a tiny T5 pre-trained on them.\nNothing is downloaded; it takes about a "
+        "minute.",
+        flush=True,
+    )
+    try_place(out / "t5" / "config.json")
+    try:
         write_demo(out, steps)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command makes the demo again from its beginning")
     return out
 
 
-# ----------------------------------------------------------------------------------- what the scripts have in common
+# -------------------------------------------------- The command line, the same for every script
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with defaults shown, defaults from a JSON file, and errors of one line."""
+    """argparse without abbreviations, with defaults shown, defaults from a JSON file, and errors of
+    one line."""
 
     def __init__(self, description=None, **kwargs):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=form, **kwargs
+        )
 
     def add(self, flag, help, default=None, **kwargs):
         """Adds a flag whose help ends in its default."""
         if default not in (None, False):
-            help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            help += f" (default: {shown})"
         self.add_argument(flag, help=help.replace("%", "%%"), default=default, **kwargs)
 
-    def add_config_flag(self):
-        self.add("--config", "a JSON file of flags, as arguments.json of an earlier run; flags given beside it win",
-                 metavar="FILE")
+    def add_switch(self, flag, help):
+        self.add(flag, help, False, action="store_true")
 
     def add_setting(self, flag, help, settings, **kwargs):
         """Adds a flag whose default depends on the method: settings[method][flag]."""
         name = flag.lstrip("-").replace("-", "_")
-        help += f" (default: {', '.join(f'{method} {values[name]}' for method, values in settings.items())})"
-        self.add_argument(flag, help=help, **kwargs)
+        defaults = [f"{method} {values[name]}" for method, values in settings.items()]
+        self.add(flag, f"{help} (default: {', '.join(defaults)})", **kwargs)
 
-    def add_model_flags(self):
+    def add_config_flag(self):
+        self.add(
+            "--config",
+            "a JSON file of flags, as arguments.json of an earlier run; flags given beside it win, "
+            "and {here} in it is its folder",
+            metavar="FILE",
+        )
+
+    def add_machine_flags(self):
+        """The flags that say where and how a script computes."""
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.add("--device", "cpu or cuda", best, type=device)
+        self.add("--threads", "CPU threads (default: as PyTorch chooses)", type=whole(1))
+        self.add("--max-length", "tokens of a text at most; the rest is cut", 256, type=whole(1))
+
+    def add_prompt_flags(self):
         """The flags of the scripts that train a prompt."""
-        self.add("--prompt-length", "vectors of a prompt that starts at random", 100, type=int)
-        self.add("--max-length", "tokens of H(x) at most; longer texts are cut", 256, type=int)
-        self.add("--dtype", "of the T5's weights; the prompt is float32 always", "float32",
-                 choices=["float32", "bfloat16", "float64"])
-        self.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
-        self.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
-        self.add("--weight-decay", "of AdamW; the paper names none", 0.0, type=float)
-        self.add("--restart", "begins anew where an earlier run could be continued", False, action="store_true")
+        self.add_machine_flags()
+        self.add("--prompt-length", "vectors of a random prompt", 100, type=whole(1))
+        dtypes = ["float32", "bfloat16", "float64"]
+        self.add(
+            "--dtype", "of T5's weights; the prompt is float32 always", "float32", choices=dtypes
+        )
+        self.add(
+            "--matmul",
+            "PyTorch's precision of float32 products (default: highest on a CPU, high, which is "
+            "TF32, on a GPU)",
+            choices=["highest", "high", "medium"],
+        )
+        self.add("--weight-decay", "of AdamW; the paper names none", 0.0, type=real(0))
+        self.add_switch("--restart", "begins anew where an earlier run could be continued")
 
     def parse(self, argv=None):
-        """The arguments: those of the file --config come first, so that others win. Raises InputError."""
+        """The arguments: those of the file --config first, so that others win. Raises InputError
+        for that file."""
         argv = sys.argv[1:] if argv is None else argv
-        if config := getattr(super().parse_known_args(argv)[0], "config", None):
-            settings = read_json(config, "give a file of flags")
-            known = {action.dest for action in self._actions} - {"help", "config"}
-            if unknown := set(settings) - known:
-                raise InputError(f"{config}: {self.prog} has no flag --{sorted(unknown)[0].replace('_', '-')}")
-            self.prog += f" --config {config}"
-            for name, value in settings.items():
-                flag = f"--{name.replace('_', '-')}"
-                if isinstance(value, list):
-                    argv = [flag, *map(str, value), *argv]
-                elif value is not None and value is not False:
-                    argv = [flag if value is True else f"{flag}={value}", *argv]
+        if "--config" in self._option_string_actions:
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.add_argument("--config")
+            config = first.parse_known_args(argv)[0].config
+            if config:
+                self.prog += f" --config {config}"
+                argv = self.flags_of(config, argv) + argv
         args = self.parse_args(argv)
-        for name in ("batch_size", "eval_every", "max_length", "max_epochs", "patience", "accumulate", "shots", "k"):
-            if np.min(value if (value := getattr(args, name, None)) is not None else 1) < 1:
-                self.error(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if "threads" in args:
-            torch.set_num_threads(args.threads or max(1, free_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        if "cuda" in str(getattr(args, "device", None)) and not torch.cuda.is_available():
-            self.error(f"--device {args.device}: this PyTorch finds no GPU; give --device cpu")
+        if getattr(args, "threads", None):
+            torch.set_num_threads(args.threads)
+        if "matmul" in args:
+            args.matmul = args.matmul or ("high" if args.device.startswith("cuda") else "highest")
+            torch.set_float32_matmul_precision(args.matmul)
         if getattr(args, "device", None) == "cuda" and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return args
 
+    def flags_of(self, config, argv):
+        """The flags that a JSON file of them stands for, without those that argv has too."""
+        settings = read_json(config, "give a file of flags")
+        known = {action.dest for action in self._actions} - {"help", "config"}
+        folder, flags = str(Path(config).parent), []
+        for name, value in settings.items():
+            flag = f"--{name.replace('_', '-')}"
+            if name not in known:
+                raise InputError(f"{config}: {self.prog} has no flag {flag}; remove it")
+            given = any(arg == flag or arg.startswith(f"{flag}=") for arg in argv)
+            if given or value is None or value is False:
+                continue
+            values = value if isinstance(value, list) else [value]
+            values = [str(one).replace("{here}", folder) for one in values]
+            if value is True:
+                flags.append(flag)
+            elif isinstance(value, list):
+                flags += [flag, *values]
+            else:
+                flags.append(f"{flag}={values[0]}")
+        return flags
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+# What a flag takes, for `type=`: the range of a number stands where the flag is declared.
+
+
+def whole(least):
+    """A whole number of at least `least`."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if least <= int(text) < 2**63:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
+
+    return parse
+
+
+def real(least, most=math.inf):
+    """A finite number from `least` to `most`; without `most`, `least` itself may be given too."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if least <= float(text) <= most and math.isfinite(float(text)):
+                return float(text)
+        limit = "" if most == math.inf else f" and at most {most}"
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}{limit}")
+
+    return parse
+
+
+def positive(text):
+    """A finite number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+
+
+def device(text):
+    """cpu, cuda, or cuda:1 and so on, where this PyTorch finds it."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
+    if text != "cpu" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text}: this PyTorch finds no GPU; give cpu")
+    return text
+
+
+def file(text):
+    """A file that is there."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give a file")
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return text
+
+
+def folder(text):
+    """A folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return text
+
+
+def file_or_folder(text):
+    return text if Path(text).is_dir() else file(text)
+
+
+def try_place(path):
+    """Raises InputError where the file `path` could not be written: before the work, not after."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise InputError(f"{path}: it is a folder; give a file")
+    place = path.parent
+    while not place.exists():
+        place = place.parent
+    with blame(path, "give another place"), tempfile.TemporaryFile(dir=place):
+        pass
 
 
 def rank_and_world():
@@ -778,46 +1165,53 @@ def rank_and_world():
 
 def fill(args, settings):
     """The arguments, those that were not given taken from `settings`."""
-    return argparse.Namespace(**{name: settings.get(name) if value is None else value
-                                 for name, value in vars(args).items()})
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **settings, **given})
 
 
 def save_arguments(path, args):
     """Writes the arguments that a script ran with as JSON: a file for --config."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {name: value for name, value in vars(args).items() if name not in ("config", "restart")})
-
-
-def check_arguments(path, args):
-    """Raises InputError where the run that wrote its arguments at `path`, and would be continued, had others."""
-    if not path.exists() or args.restart:
-        return
-    before = read_json(path, "--restart begins anew")
-    changed = [f"--{name.replace('_', '-')} {before.get(name)}, not {value}" for name, value in vars(args).items()
-               if name not in ("config", "restart", "device", "threads", "tasks_per_pass", "search")
-               and before.get(name) != value]
-    if changed:
-        raise InputError(f"{path}: this run began with {', '.join(changed)}; give it again, another --out or --restart")
+    kept = {name: value for name, value in vars(args).items() if name not in ("config", "restart")}
+    write_json(path, kept)
 
 
 def provenance(device, *files):
-    """What a result can be traced by: versions, device, git commit (None without one) and the files' digests."""
+    """What a result can be traced by: versions, device, threads, git commit (None without one) and
+    the files' digests."""
     commit = None
     if shutil.which("git"):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.machine() + " CPU"
-    return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__},
-            "device": name, "commit": commit and commit.stdout.strip() or None,
-            "digests": {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files}}
+        show = ["git", "rev-parse", "HEAD"]
+        shown = subprocess.run(show, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = shown.stdout.strip() or None
+    gpu = torch.device(device).type == "cuda"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "versions": {**versions, "transformers": transformers.__version__},
+        "device": torch.cuda.get_device_name() if gpu else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+        "digests": {str(file): digest(file) for file in files},
+    }
+
+
+def digest(path):
+    """The first 16 digits of a file's SHA-256."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            found.update(block)
+    return found.hexdigest()[:16]
 
 
 class StopSignal:
-    """Within `with StopSignal() as stop`, Ctrl-C and SIGTERM only make `stop` true: the loop ends its step first."""
+    """Within `with StopSignal() as stop`, Ctrl-C and SIGTERM only make `stop` true: the loop ends
+    its step first."""
 
     def __enter__(self):
         self.stopped = False
-        self.handlers = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, self) for number in numbers}
         return self
 
     def __call__(self, number, frame):
@@ -831,101 +1225,104 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def free_cores(interval=0.1):
-    """How many of the cores that this process may use are idle, at least 1. A thread pool that is larger waits at
-    every operation for its slowest thread, which can slow a tiny model a hundredfold."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count()
-    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-
-    def idle_ticks():
-        rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-        return sum(int(row[4]) for row in rows if row[0] in mine)
-
-    before = idle_ticks()
-    time.sleep(interval)
-    return max(1, min(len(mine), round((idle_ticks() - before) / (interval * os.sysconf("SC_CLK_TCK")))))
-
-
-def linear_schedule(step, total, warmup=20):
-    """The learning rate's factor at a step of Appendix A's linear scheduler: up over `warmup` steps, down to 0."""
-    return min((step + 1) / warmup, (total - step) / max(1, total - warmup))
-
-
 def run(main):
     """Runs a script's main; bad input ends in one line on standard error and exit status 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except FileNotFoundError as error:
-        sys.exit(report(f"{Path(sys.argv[0]).name}: {error.filename or error}: no such file; check the path", 2))
-    except (InputError, OSError, SafetensorError) as error:
-        sys.exit(report(f"{Path(sys.argv[0]).name}: {error}", 2))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read this, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except InputError as error:
+        end(error, 2)
+    except OSError as error:
+        end(f"{error.filename or error}: {error.strerror}; check the path", 2)
     except KeyboardInterrupt as stop:
-        sys.exit(report(str(stop) or "stopped; the same command continues", 130))
+        end(str(stop) or "stopped; the same command continues", 130)
 
 
-def report(message, status):
-    print(" ".join(message.split())[:1000], file=sys.stderr)
-    return status
+def end(message, status):
+    """Ends the script with one line."""
+    line = " ".join(f"{Path(sys.argv[0]).name}: {message}".split())[:1000]
+    print(line, file=sys.stderr)
+    sys.exit(status)
 
 
-def add_machine_flags(command):
-    command.add("--max-length", "tokens of a text at most; longer ones are cut", 256, type=int)
-    command.add("--seed", "of every draw", 1, type=int)
-    command.add("--device", "cpu or cuda", "cuda" if torch.cuda.is_available() else "cpu")
-    command.add("--threads", "CPU threads; 0 takes the cores that are free", 0, type=int)
+# ------------------------------------------------------------------------- This script's own flags
+
+
+def add_convert(command):
+    command.add_argument("dataset", choices=DATASETS)
+    source = "the official file, or the folder of them"
+    command.add("--input", source, required=True, type=file_or_folder)
+    command.add("--out", "the task folder to write", required=True, metavar="FOLDER")
+    share = "where there is no test file: the share of the training split to test on"
+    command.add("--test-share", share, 0.0, type=real(0, 1))
+
+
+def add_labeller(command):
+    base = "a sequence classifier's base by hub name or folder"
+    validation = "training examples to validate on where there is no validation.jsonl"
+    command.add("--task", "the task to train on", required=True, type=folder, metavar="FOLDER")
+    command.add("--model", base, "FacebookAI/roberta-base")
+    command.add("--out", "the folder to write", required=True, metavar="FOLDER")
+    command.add("--learning-rate", "AdamW's", 2e-5, type=positive)
+    command.add("--warmup", "steps up to the learning rate; it then falls", 500, type=whole(1))
+    command.add("--batch-size", "examples of a step", 32, type=whole(1))
+    command.add("--max-epochs", "epochs at most", 3, type=whole(1))
+    command.add("--max-steps", "steps at most (default: as --max-epochs says)", type=whole(1))
+    command.add("--eval-every", "steps between validations", 1000, type=whole(1))
+    command.add("--patience", "validations without a better one until it stops", 5, type=whole(1))
+    command.add("--validation", validation, 5000, type=whole(1))
+    command.add("--seed", "of every draw", 1, type=whole(0))
+    command.add_machine_flags()
+
+
+def add_pseudo_label(command):
+    corpus = "OpenWebText's tar, other tars of .txt files, .txt or .jsonl files; packed or not"
+    sure = "the least probability to keep a text: one value, or one for each class"
+    many = "examples of each class at most (default: as many as the smallest class has)"
+    labeller = "the folder that `labeller` wrote"
+    command.add("--labeller", labeller, required=True, type=folder, metavar="FOLDER")
+    command.add("--corpus", corpus, required=True, nargs="+", type=file, metavar="FILE")
+    command.add("--out", "the source folder to write", required=True, metavar="FOLDER")
+    command.add("--unit", "what becomes an example", "sentence", choices=list(UNITS))
+    command.add("--share", "the share of the documents to read", 1.0, type=real(0, 1))
+    command.add("--min-words", "shorter texts are dropped", 5, type=whole(1))
+    command.add("--max-words", "longer texts are dropped", 200, type=whole(1))
+    command.add("--confidence", sure, [0.9], type=real(0, 1), nargs="+")
+    command.add("--per-class", many, type=whole(1))
+    command.add("--batch-size", "texts of a forward pass", 64, type=whole(1))
+    command.add_switch("--restart", "begins anew where an earlier run could be continued")
+    command.add("--seed", "of the draw that balances", 1, type=whole(0))
+    command.add_machine_flags()
+
+
+def add_demo(command):
+    command.add("--out", "the folder to write", "demo", metavar="FOLDER")
+    command.add("--max-steps", "steps of pre-training its T5", 1500, type=whole(1))
+    command.add_switch("--restart", "makes it anew")
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("convert", help="a dataset's official files as a task folder")
-    command.add_argument("dataset", choices=DATASETS)
-    command.add("--input", "the official file, or the folder of them", required=True)
-    command.add("--out", "the task folder to write", required=True, metavar="FOLDER")
-    command.add("--test-share", "where there is no test file: the share of the training split to test on", 0.0,
-                type=float)
-    command = commands.add_parser("labeller", help="fine-tunes a sequence classifier on a task")
-    command.add("--task", "the task folder to train on", required=True, metavar="FOLDER")
-    command.add("--model", "a sequence classifier's base by hub name or folder", "FacebookAI/roberta-base")
-    command.add("--out", "the folder to write", required=True, metavar="FOLDER")
-    command.add("--learning-rate", "AdamW's", 2e-5, type=float)
-    command.add("--warmup", "steps until the learning rate is reached; then it falls to 0", 500, type=int)
-    command.add("--batch-size", "examples of a step", 32, type=int)
-    command.add("--max-epochs", "epochs at most", 3, type=int)
-    command.add("--max-steps", "steps at most (default: as --max-epochs says)", type=int)
-    command.add("--eval-every", "steps between validations", 1000, type=int)
-    command.add("--patience", "validations without a better one until it stops", 5, type=int)
-    command.add("--validation", "training examples to validate on where there is no validation.jsonl", 5000, type=int)
-    add_machine_flags(command)
-    command = commands.add_parser("pseudo-label", help="labels a corpus: source data")
-    command.add("--labeller", "the folder that `labeller` wrote", required=True, metavar="FOLDER")
-    command.add("--corpus", "OpenWebText's tar, other tars of .txt files, .txt or .jsonl files; packed or not",
-                required=True, nargs="+", metavar="FILE")
-    command.add("--out", "the source folder to write", required=True, metavar="FOLDER")
-    command.add("--unit", "what becomes an example", "paragraph", choices=["paragraph", "sentence"])
-    command.add("--share", "the share of the documents to read, drawn at random", 1.0, type=float)
-    command.add("--min-words", "shorter texts are dropped", 5, type=int)
-    command.add("--max-words", "longer texts are dropped", 200, type=int)
-    command.add("--confidence", "the least probability to keep a text: one value, or one for each class", [0.9],
-                type=float, nargs="+")
-    command.add("--per-class", "examples of each class at most (default: as many as the smallest class has)", type=int)
-    command.add("--batch-size", "texts of a forward pass", 64, type=int)
-    command.add("--restart", "begins anew where an earlier run could be continued", False, action="store_true")
-    add_machine_flags(command)
-    command = commands.add_parser("demo", help="makes the offline demo")
-    command.add("--out", "the folder to write", "demo", metavar="FOLDER")
-    command.add("--max-steps", "steps of pre-training its T5", 1500, type=int)
-    command.add("--restart", "makes it anew", False, action="store_true")
+    add_convert(commands.add_parser("convert", help="a dataset's official files as a task folder"))
+    add_labeller(commands.add_parser("labeller", help="fine-tunes a sequence classifier on a task"))
+    add_pseudo_label(commands.add_parser("pseudo-label", help="labels a corpus: source data"))
+    add_demo(commands.add_parser("demo", help="makes the offline demo"))
     args = parser.parse(argv)
     if args.command == "convert":
+        try_place(Path(args.out) / "task.json")
         convert(args.dataset, args.input, args.out, args.test_share)
     elif args.command == "labeller":
         train_labeller(args)
     elif args.command == "pseudo-label":
         pseudo_label(args)
     else:
-        print(f"wrote {demo(args.out, args.max_steps, args.restart)}/: now python train_meta.py, python finetune.py")
+        made = demo(args.out, args.max_steps, args.restart)
+        print(f"wrote {made}/: now python train_meta.py, python finetune.py")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
 """
-Few-shot runs on downstream tasks (Section 5): prompt tuning from any prompt (Appendix A.4), or full tuning (A.1).
+Few-shot runs on downstream tasks (Section 5): prompt tuning from any prompt (Appendix A.4), or full
+tuning (A.1).
 
-    python finetune.py                                                                    # the offline demo
-    python finetune.py --task tasks/sst5 tasks/sst2 --method ft pt --prompt random prompts/ppt prompts/metapt
-    python finetune.py --report results.jsonl --figure shots.png                          # Tables 1 and 2, Figure 2
-    python finetune.py --task tasks/sst5 --prompt prompts/metapt --seeds 1 --save tuned   # keeps tuned/sst5-metapt-40-1
-    python finetune.py --predict reviews.txt --prompt tuned/sst5-metapt-40-1              # labels new text with it
+    python finetune.py                                                          # the offline demo
+    python finetune.py --task tasks/sst5 tasks/sst2 --method ft pt --prompt random prompts/metapt
+    python finetune.py --report results.jsonl --figure shots.png    # Tables 1 and 2, Figure 2
+    python finetune.py --task tasks/sst5 --prompt prompts/metapt --seeds 1 --save tuned
+    python finetune.py --predict reviews.txt --prompt tuned/sst5-metapt-40-1    # labels new text
 
-Every run, of one task, method, prompt, number of shots and seed, becomes one line of --out; a run that stands there
-already is not run again. Under torchrun the runs are spread over the processes.
+Every run, of one task, method, prompt, number of shots and seed, becomes one line of --out; a run
+that stands there already is not run again. Under torchrun the runs are spread over the processes.
 """
 
-import argparse
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import contextlib
 import fcntl
 import hashlib
 import itertools
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -26,140 +33,108 @@ import torch
 from tqdm import tqdm
 
 import data
-from metapt import (InputError, PromptedT5, Task, load_prompt, load_t5, parse_json, save_prompt, select, summed_loss,
-                    write_beside)
+from metapt import InputError, PromptedT5, Task, best_of, blame, linear_schedule, load_prompt
+from metapt import load_t5, parse_json, save_prompt, select, summed_loss, write_beside
 
-# What Appendix A sets for each method; flags override it. A.4's batches of 4, accumulated 8 times, are batches of 32.
+# What Appendix A sets for each method; flags override it. A.4's batches of 4, accumulated 8 times,
+# are batches of 32.
 SETTINGS = {
     "pt": {"learning_rate": 3e-3, "batch_size": 32, "patience": 6},  # A.4
     "ft": {"learning_rate": 3e-5, "batch_size": 4, "patience": 5},  # A.1
 }
-GRID = [3e-3, 3e-4, 8e-5, 3e-5, 3e-6]  # A.1's search; the paper prints its third as 8e5
-NAMES = {"maml": "MetaPT", "fomaml": "MetaPT, first-order", "reptile": "MetaPT, Reptile", "ppt": "PPT", "ft": "FT",
-         "random": "PT"}
-# The arguments that a result depends on: a run with others is another run.
-RESULT_ARGUMENTS = ("model", "learning_rate", "batch_size", "patience", "max_epochs", "max_steps", "weight_decay",
-                    "max_length", "validation_shots", "balanced", "max_test", "dtype")
-KINDS = {"task": str, "method": str, "prompt": str, "shots": int, "seed": int, "digest": str, "data": str,
-         "settings": dict, "accuracy": float}  # what a line of results must hold
-SOURCE_FACTS = ("clustering", "clusters", "source_size", "source_task")  # of a prompt, for Table 2 and Figure 3
-# The paper's own results: 40 shots, five seeds.
-PAPER_TASKS = ("sst5", "sst2", "amazon5", "amazon2", "sentihood", "semeval_restaurant", "semeval_laptop")
-TABLE_1 = {
-    ("t5-base", "FT"): "43.57±2.56 88.27±1.03 48.40±1.48 92.35±0.68 82.11±1.30 71.01±1.16 62.48±3.23",
-    ("t5-base", "PPT"): "42.90±1.08 87.42±1.15 51.15±1.56 93.28±0.21 80.06±3.31 62.04±3.34 56.37±4.11",
-    ("t5-base", "MetaPT"): "45.26±0.39 89.47±0.12 55.47±0.34 94.43±0.08 80.38±0.46 76.93±1.19 70.86±1.95",
-    ("t5-base", "MetaPT(Y)"): "46.24±0.42 87.26±0.73 58.73±0.13 95.39±0.03 78.27±1.17 80.72±0.60 72.32±0.66",
-    ("t5-large", "MetaPT"): "47.31±0.21 89.61±0.09 55.76±0.15 95.23±0.03 85.78±0.10 85.96±0.08 77.49±0.11",
-}
-TABLE_2 = {  # on SST-5 alone
-    ("t5-base", "kmeans clusters"): "46.24±0.42", ("t5-base", "lda clusters"): "44.10±0.83",
-    ("t5-base", "random clusters"): "42.95±1.05", ("t5-base", "label clusters"): "42.84±0.76",
-    ("t5-base", "PPT"): "42.89±1.08",
-}
+RATES = [3e-3, 3e-4, 8e-5, 3e-5, 3e-6]  # A.1's search; the paper prints its third as 8e5
 
 
-def run_all(args):
-    """Every run that the arguments name and the file args.out does not hold yet, then the table of that file."""
-    out, (rank, world) = Path(args.out), data.rank_and_world()
-    t5, tokenizer = load_t5(args.model, args.device, args.dtype)
-    weights = {name: weight.clone() for name, weight in t5.state_dict().items()} if "ft" in args.method else {}
-    if args.save and len({Path(prompt).name for prompt in args.prompt}) < len(args.prompt):
-        raise InputError("--save: two of the prompts have one name, and so would their tuned ones; rename a folder")
-    for prompt in args.prompt if "pt" in args.method else ():  # a broken one ends the sweep before it begins
-        base = prompt != "random" and load_prompt(prompt, t5.config.d_model)[1]["base_model"]
-        if base and base != args.model and rank == 0:
-            print(f"{prompt} was learned with {base}, and is used with {args.model}")
-    tasks = [load_task(folder, t5, tokenizer, args) for folder in args.task]
-    runs = []
-    for name in args.method:
-        method = argparse.Namespace(**{**vars(data.fill(args, SETTINGS[name])), "method": name})
-        prompts = ["none"] if name == "ft" else args.prompt
-        runs += itertools.product([method], tasks, prompts, args.shots, args.seeds)
-    for _, training, *_ in tasks:  # what cannot be drawn ends the sweep before it begins
-        data.few_shot(training, max(args.shots), 1, args.validation_shots)
-    names = [identity(describe(*run)[0]) for run in runs]
-    finished = set() if args.restart else set(map(identity, read_results(out)))
-    mine = [run for run, name in list(zip(runs, names))[rank::world] if name not in finished or args.save
-            and run[0].method == "pt" and not saved_folder(args, run[1][0].task.name, *run[2:]).exists()]
-
-    for run in tqdm(mine, "runs", disable=True if rank else None):
-        add_result(out, run_one(*run, weights))
-    results = read_results(out)
-    if set(names) <= set(map(identity, results)):  # under torchrun, the process that ends last
-        print_scores("Accuracy", results)
-        print(f"wrote {out}: {len(mine)} new runs{' of this process' if world > 1 else ''}, "
-              f"{len(names) - len(mine)} stood there already"
-              + (f"; the tuned prompts are in {args.save}" if args.save else ""))
+# ------------------------------------------------------------- Appendix A.4 and A.1, to be copied
 
 
-def load_task(folder, t5, tokenizer, args):
-    """A task's model, its training examples, its encoded test batches, with --max-test of only so many examples, always
-    the same, and what they can be traced by. Prints how the test split is made up, which accuracy alone hides."""
-    folder = Path(folder)
-    model = PromptedT5(t5, tokenizer, Task.load(folder), args.max_length)
-    training, test = (list(data.read_examples(folder / f"{split}.jsonl", model.task)) for split in ("train", "test"))
-    if not test:
-        raise InputError(f"{folder / 'test.jsonl'}: no examples to test on")
-    if args.max_test and args.max_test < len(test):
-        test = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:args.max_test]]
-    if data.rank_and_world()[0] == 0:
-        counts = Counter(example["label"] for example in test)
-        most = max(counts.values())
-        print(f"{model.task.name}: {len(test):,} test examples, "
-              + ", ".join(f"{counts[label]:,} {word}" for label, word in enumerate(model.task.words)) + "; "
-              f"the most frequent class alone gives {100 * most / len(test):.1f} %", flush=True)
-    test.sort(key=lambda example: sum(len(example[field]) for field in model.task.fields))  # to pad less
-    made = data.provenance(args.device, *(folder / f"{split}.jsonl" for split in ("train", "test")))
-    return model, training, list(batches(model, test)), made
+def tune(
+    model,
+    prompt,
+    training,
+    validation,
+    learning_rate=3e-3,
+    batch_size=32,
+    max_epochs=200,
+    patience=6,
+    full=False,
+    seed=1,
+    accumulate=1,
+    max_steps=None,
+    weight_decay=0.0,
+):
+    """Trains the prompt [n, d] (Appendix A.4), or if `full` the whole T5 (A.1), on examples, and
+    leaves what was trained as it was at the best validation. A batch is worked on in `accumulate`
+    passes. Returns the prompt and the run's facts. Raises InputError where no epoch's validation
+    loss is finite."""
+    prompt = torch.nn.Parameter(prompt.clone())
+    parameters = list(model.t5.requires_grad_(full).parameters()) if full else [prompt]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    batch, held_out = model.encode(training), list(encoded(model, validation))
+    torch.manual_seed(seed)
+    total = max_epochs * math.ceil(len(training) / batch_size)
+    total = min(total, max_steps or total)
+
+    log, best, step, began = [], None, 0, time.time()
+    while step < total and len(log) - 1 - (best_of(log) or 0) < patience:
+        model.t5.train(full)  # dropout, in full tuning only
+        for rows in torch.randperm(len(training)).split(batch_size)[: total - step]:
+            optimizer.param_groups[0]["lr"] = learning_rate * linear_schedule(step, total)
+            for part in rows.chunk(accumulate):
+                loss = summed_loss(model, prompt[None], [select(batch, part)])  # the part's mean
+                (loss * len(part) / len(rows)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        model.t5.eval()
+        log.append(model.evaluate(prompt.detach(), held_out))
+        if best_of(log) == len(log) - 1:
+            best = [parameter.detach().clone() for parameter in parameters]
+
+    model.t5.requires_grad_(False)
+    if best is None:
+        raise InputError(f"no epoch's validation loss is finite at learning rate {learning_rate}")
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best):
+            parameter.copy_(value)
+    score = log[best_of(log)]
+    return prompt.detach(), {
+        "epochs": len(log),
+        "best_epoch": best_of(log) + 1,
+        "validation_accuracy": score["accuracy"],
+        "validation_loss": score["loss"],
+        "seconds": round(time.time() - began, 2),
+    }
 
 
-def describe(args, task, prompt, shots, seed):
-    """What tells a run from all others; where it starts, a random prompt [n, d], the prompt in a folder, or for full
-    tuning none, [0, d]; and that prompt's facts."""
-    model, settings = task[0], {name: getattr(args, name) for name in RESULT_ARGUMENTS}
-    if prompt == "none":
-        start, facts = torch.zeros(0, model.t5.config.d_model, device=model.device), {"method": "ft"}
-        settings["learning_rate"] = GRID if args.search else args.learning_rate
-    elif prompt == "random":
-        start, facts = model.init_prompt(args.prompt_length, seed), {"method": "random"}
-    else:
-        start, facts = load_prompt(prompt, model.t5.config.d_model)
-    digest = hashlib.sha256(start.cpu().numpy().tobytes()).hexdigest()[:12]
-    what = json.dumps([model.task.template, model.task.words, *task[3]["digests"].values()])
-    return {"task": model.task.name, "method": str(facts.get("method", "PEFT")), "prompt": prompt, "shots": shots,
-            "seed": seed, "digest": digest, "data": hashlib.sha256(what.encode()).hexdigest()[:12],
-            "settings": settings}, start.to(model.device), facts
-
-
-def run_one(args, task, prompt, shots, seed, weights):
-    """One run, as its line of results. `weights` are the T5's own, which it has again after full tuning."""
-    model, training, test, made = task
-    run, start, facts = describe(args, task, prompt, shots, seed)
-    few, validation = data.few_shot(training, shots, seed, args.validation_shots, args.balanced)
-    fit = search if args.search and args.method == "ft" else tune
-    tuned, course = fit(model, start, few, validation, args, seed)
-    score = model.evaluate(tuned, test)
-    score["macro_f1"] = macro_f1(score["confusion"])
-    if args.method == "ft":
+def search(model, prompt, training, validation, rates=RATES, **settings):
+    """Full tuning with every learning rate of A.1's search, each from the same weights. The best on
+    validation is left in the T5 to be tested; the test split plays no part in the choice."""
+    weights = {name: weight.clone() for name, weight in model.t5.state_dict().items()}
+    scores, runs = [], []
+    for rate in rates:
         model.t5.load_state_dict(weights)
-    elif args.save:
-        save_prompt(saved_folder(args, run["task"], prompt, shots, seed), tuned, model.t5, **run, **made,
-                    accuracy=score["accuracy"], template=model.task.template, words=model.task.words)
-    run |= {fact: facts[fact] for fact in SOURCE_FACTS if fact in facts}
-    run |= {"words": model.task.words, **score, **course, **made}
-    tqdm.write(f"{run['task']}, {method_name(run)} ({prompt}), {shots} shots, seed {seed}: "
-               f"{100 * score['accuracy']:.1f} %, macro-F1 {100 * score['macro_f1']:.1f}, "
-               f"{100 * score['in_words']:.0f} % answer with a task word; {course['epochs']} epochs, "
-               f"{course['seconds']:.1f} s")
-    if args.confusion:
-        counts = [[word, *map(str, line)] for word, line in zip(model.task.words, score["confusion"])]
-        print_markdown("The label down, the prediction across:", [["", *model.task.words], *counts])
-    return run
+        with contextlib.suppress(InputError):  # a rate at which it diverges is no choice
+            _, facts = tune(
+                model, prompt, training, validation, learning_rate=rate, full=True, **settings
+            )
+            accuracy, loss = facts["validation_accuracy"], facts["validation_loss"]
+            scores.append({"accuracy": accuracy, "loss": loss})
+            runs.append({**facts, "learning_rate": rate})
+            if best_of(scores) == len(scores) - 1:
+                best = {name: weight.clone() for name, weight in model.t5.state_dict().items()}
+    if not runs:
+        raise InputError(f"no epoch's validation loss is finite at any learning rate of {rates}")
+
+    model.t5.load_state_dict(best)
+    found = {run["learning_rate"]: run["validation_accuracy"] for run in runs}
+    return prompt, {**runs[best_of(scores)], "tried": {rate: found.get(rate) for rate in rates}}
 
 
-def saved_folder(args, task, prompt, shots, seed):
-    return Path(args.save) / f"{task}-{Path(prompt).name}-{shots}-{seed}"
+def encoded(model, examples, size=64):
+    """Examples as encoded batches."""
+    for start in range(0, len(examples), size):
+        yield model.encode(examples[start : start + size])
 
 
 def macro_f1(confusion):
@@ -169,93 +144,299 @@ def macro_f1(confusion):
     return float(np.mean((2 * confusion.diagonal())[occurs > 0] / occurs[occurs > 0]))
 
 
-def batches(model, examples, size=64):
-    return (model.encode(examples[i:i + size]) for i in range(0, len(examples), size))
+# ------------------------------------------------ The runs: what to run, one run, labelling text
+
+# The arguments that a result depends on: a run with others is another run.
+RESULT_ARGUMENTS = (
+    "model learning_rate batch_size patience max_epochs max_steps weight_decay max_length "
+    "validation_shots balanced max_test dtype matmul"
+).split()
+SOURCE_FACTS = ("clustering", "clusters", "source_size", "source_task")  # for Table 2, Figure 3
 
 
-def search(model, start, training, validation, args, seed):
-    """Full tuning with every learning rate of A.1's search, each from the same weights. The best on validation, by
-    accuracy, then by loss, is left in the T5 to be tested; the test split plays no part in the choice."""
-    tried, best = {}, (-1.0, 0.0)
-    weights = {name: weight.clone() for name, weight in model.t5.state_dict().items()}
-    for rate in GRID:
+def run_all(args):
+    """Every run that the arguments name and args.out does not hold yet, then the table of it."""
+    out, (rank, world) = Path(args.out), data.rank_and_world()
+    t5, tokenizer = load_t5(args.model, args.device, args.dtype)
+    check_prompts(args, t5.config.d_model)
+    tasks = [load_task(folder, t5, tokenizer, args) for folder in args.task]
+    data.try_place(out)
+    full = "ft" in args.method
+    weights = {name: weight.clone() for name, weight in t5.state_dict().items()} if full else {}
+
+    runs = list_runs(args, tasks)
+    mine, stood = [], 0
+    finished = set() if args.restart else {identity(row) for row in read_results(out)}
+    for run in runs[rank::world]:
+        kept = not args.save or run["method"] == "ft" or saved_folder(args, run).exists()
+        if run["identity"] in finished and kept:
+            stood += 1
+        else:
+            mine.append(run)
+
+    for run in tqdm(mine, "runs", disable=True if rank else None):
+        done = {identity(row) for row in read_results(out)}
+        if run["identity"] in done - finished and not args.save and not args.restart:
+            continue  # another process with the same command was here first
+        add_result(out, run_one(args, run, weights), args.restart)
+
+    results = read_results(out)
+    if {run["identity"] for run in runs} <= {identity(row) for row in results}:
+        # Under torchrun, this is the process that ends last.
+        title = "Accuracy in points, mean ± sample standard deviation over five seeds, or over"
+        print_table(f"{title} (so many).", score_table(results, ""))
+        print(LEGEND)
+        print(
+            f"wrote {out}: {len(mine)} new runs{' of this process' if world > 1 else ''}, {stood} "
+            "stood there already" + (f"; the tuned prompts are in {args.save}" if args.save else "")
+        )
+
+
+def check_prompts(args, width):
+    """Raises InputError where a prompt cannot be used: before a sweep rather than in it."""
+    if "pt" not in args.method:
+        return
+    if args.save and len({Path(prompt).name for prompt in args.prompt}) < len(args.prompt):
+        message = "two of the prompts have one name, and so would their tuned ones"
+        raise InputError(f"--save: {message}; rename a folder")
+    for prompt in args.prompt:
+        base = load_prompt(prompt, width)[1]["base_model"] if prompt != "random" else None
+        if base and base != args.model and data.rank_and_world()[0] == 0:
+            print(f"{prompt} was learned with {base}, and is used with {args.model}")
+
+
+def load_task(folder, t5, tokenizer, args):
+    """A task's model, the few-shot splits of every number of shots and seed, the encoded test
+    batches, and what all can be traced by. Of the training split only what is drawn is held in
+    memory. Raises InputError."""
+    folder = Path(folder)
+    model = PromptedT5(t5, tokenizer, Task.load(folder), args.max_length)
+    paths = [folder / "train.jsonl", folder / "test.jsonl"]
+    if not paths[1].exists():
+        message = "data.py convert needs the official test file, or --test-share 0.3"
+        raise InputError(f"{paths[1]}: no such file; {message}")
+
+    labels = [example["label"] for example in data.read_examples(paths[0], model.task)]
+    draws = {}
+    for shots, seed in itertools.product(args.shots, args.seeds):
+        how = (args.validation_shots, args.balanced)
+        draws[shots, seed] = data.few_shot(np.array(labels), shots, seed, *how)
+    wanted = {row for training, validation in draws.values() for row in training + validation}
+    lines = enumerate(data.read_examples(paths[0], model.task))
+    found = {row: example for row, example in lines if row in wanted}
+    splits = {}
+    for key, draw in draws.items():
+        splits[key] = [[found[row] for row in rows] for rows in draw]
+
+    test = list(data.read_examples(paths[1], model.task))
+    if not test:
+        raise InputError(f"{paths[1]}: no examples to test on; give some")
+    if args.max_test and args.max_test < len(test):  # always the same
+        order = np.random.default_rng(0).permutation(len(test))
+        test = [test[i] for i in order[: args.max_test]]
+    print_test(model.task, test)
+    test.sort(key=lambda example: sum(len(example[field]) for field in model.task.fields))
+    made = data.provenance(args.device, *paths)
+    return {"model": model, "splits": splits, "test": list(encoded(model, test)), "made": made}
+
+
+def print_test(task, test):
+    """Prints how the test split is made up, which accuracy alone hides."""
+    if data.rank_and_world()[0] > 0:
+        return
+    counts = Counter(example["label"] for example in test)
+    shares = [f"{counts[label]:,} {word}" for label, word in enumerate(task.words)]
+    largest = max(counts.values()) / len(test)
+    print(
+        f"{task.name}: {len(test):,} test examples, {', '.join(shares)}; the most frequent class "
+        f"alone gives {largest:.1%}",
+        flush=True,
+    )
+
+
+def list_runs(args, tasks):
+    """What the arguments name: a run for every method, task, prompt, number of shots and seed."""
+    runs = []
+    for method in args.method:
+        settings = vars(data.fill(args, SETTINGS[method]))
+        prompts = ["none"] if method == "ft" else args.prompt
+        for task, prompt, shots, seed in itertools.product(tasks, prompts, args.shots, args.seeds):
+            run = {"method": method, "settings": settings, "task": task}
+            run |= {"prompt": prompt, "shots": shots, "seed": seed}
+            row, _, _ = begin(run)
+            runs.append({**run, "identity": identity(row)})
+    return runs
+
+
+def begin(run):
+    """What tells a run from all others; where it starts, a random prompt [n, d], the prompt in a
+    folder, or for full tuning none, [0, d]; and that prompt's facts."""
+    model, made, settings = run["task"]["model"], run["task"]["made"], run["settings"]
+    kept = {name: settings[name] for name in RESULT_ARGUMENTS}
+    width = model.t5.config.d_model
+    if run["method"] == "ft":
+        start, facts = torch.zeros(0, width), {"method": "ft"}
+        kept["learning_rate"] = RATES if settings["search"] else settings["learning_rate"]
+    elif run["prompt"] == "random":
+        start = model.init_prompt(settings["prompt_length"], run["seed"])
+        facts = {"method": "random"}
+    else:
+        start, facts = load_prompt(run["prompt"], width)
+
+    what = json.dumps([model.task.template, model.task.words, *made["digests"].values()])
+    row = {
+        "task": model.task.name,
+        "method": str(facts.get("method", "PEFT")),
+        "prompt": run["prompt"],
+        "shots": run["shots"],
+        "seed": run["seed"],
+        "digest": hashlib.sha256(start.cpu().numpy().tobytes()).hexdigest()[:12],
+        "data": hashlib.sha256(what.encode()).hexdigest()[:12],
+        "settings": kept,
+    }
+    return row, start.to(model.device), facts
+
+
+def run_one(args, run, weights):
+    """One run, as its line of results. `weights` are the T5's own, which it has again after full
+    tuning."""
+    model, test, made = run["task"]["model"], run["task"]["test"], run["task"]["made"]
+    row, start, facts = begin(run)
+    training, validation = run["task"]["splits"][run["shots"], run["seed"]]
+    warn_of_one_class(model.task, training, run)
+    names = ("batch_size", "max_epochs", "patience", "accumulate", "max_steps", "weight_decay")
+    settings = {name: run["settings"][name] for name in names} | {"seed": run["seed"]}
+    examples, rate = (training, validation), run["settings"]["learning_rate"]
+    full = run["method"] == "ft"
+    with mend("lower --learning-rate"):
+        if full and args.search:
+            tuned, course = search(model, start, *examples, **settings)
+        else:
+            tuned, course = tune(model, start, *examples, rate, full=full, **settings)
+
+    score = model.evaluate(tuned, test)
+    score["macro_f1"] = macro_f1(score["confusion"])
+    if full:
         model.t5.load_state_dict(weights)
-        args = argparse.Namespace(**{**vars(args), "learning_rate": rate})
-        _, facts = tune(model, start, training, validation, args, seed)
-        tried[rate], score = facts["validation_accuracy"], (facts["validation_accuracy"], -facts["validation_loss"])
-        if score > best:
-            best, course = score, {**facts, "learning_rate": rate, "tried": tried}
-            trained = {name: weight.clone() for name, weight in model.t5.state_dict().items()}
-    model.t5.load_state_dict(trained)
-    return start, course
+    elif args.save:
+        how = {"template": model.task.template, "words": model.task.words}
+        how |= {"accuracy": score["accuracy"]}
+        save_prompt(saved_folder(args, run), tuned, model.t5, **row, **made, **how)
+    row |= {fact: facts[fact] for fact in SOURCE_FACTS if fact in facts}
+    row |= {"words": model.task.words, **score, **course, **made}
+    tqdm.write(
+        f"{row['task']}, {method_name(row)} ({row['prompt']}), {row['shots']} shots, seed "
+        f"{row['seed']}: {score['accuracy']:.1%}, macro-F1 {100 * score['macro_f1']:.1f}, "
+        f"{score['in_words']:.0%} answer with a task word; {course['epochs']} epochs, "
+        f"{course['seconds']:.1f} s"
+    )
+    if args.confusion:
+        print_confusion(row["words"], score["confusion"])
+    return row
 
 
-def tune(model, prompt, training, validation, args, seed):
-    """Trains the prompt [n, d] (Appendix A.4), or for `ft` the whole T5 (A.1), and leaves what was trained as it was
-    at the best validation: by accuracy, then by loss, then the earlier. Returns the prompt and the run's facts."""
-    full = args.method == "ft"
-    prompt = torch.nn.Parameter(prompt.clone())
-    parameters = list(model.t5.requires_grad_(full).parameters()) if full else [prompt]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-    training, validation = model.encode(training), list(batches(model, validation))
-    torch.manual_seed(seed)
-    count, began, best = len(training["labels"]), time.time(), None
-    per_epoch = -(-count // args.batch_size)
-    total = min(args.max_epochs * per_epoch, args.max_steps or sys.maxsize)
-    step = 0
-    for epoch in range(1, -(-total // per_epoch) + 1):
-        model.t5.train(full)  # dropout, in full tuning only
-        for rows in torch.randperm(count).split(args.batch_size)[:total - step]:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * data.linear_schedule(step, total)
-            for part in rows.chunk(args.accumulate):
-                loss = summed_loss(model, prompt[None], [select(training, part)])  # the mean over the part
-                (loss * len(part) / len(rows)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-        model.t5.eval()
-        score = model.evaluate(prompt.detach(), validation)
-        if best is None or (score["accuracy"], -score["loss"]) > (best["accuracy"], -best["loss"]):
-            best = {**score, "epoch": epoch, "values": [parameter.detach().clone() for parameter in parameters]}
-        if epoch - best["epoch"] >= args.patience:
-            break
-    with torch.no_grad():
-        for parameter, value in zip(parameters, best["values"]):
-            parameter.copy_(value)
-    model.t5.requires_grad_(False)
-    return prompt.detach(), {"epochs": epoch, "best_epoch": best["epoch"], "validation_accuracy": best["accuracy"],
-                             "validation_loss": best["loss"], "seconds": round(time.time() - began, 2)}
+@contextlib.contextmanager
+def mend(how):
+    """Adds to an InputError how to mend it here."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; {how}")
+
+
+def warn_of_one_class(task, training, run):
+    labels = {example["label"] for example in training}
+    if len(labels) == 1:
+        word = task.words[labels.pop()]
+        tqdm.write(
+            f"warning: all {len(training)} training examples of {task.name}, seed {run['seed']}, "
+            f"are {word!r}; --balanced draws equally from every class"
+        )
+
+
+def saved_folder(args, run):
+    name = (run["task"]["model"].task.name, Path(run["prompt"]).name, run["shots"], run["seed"])
+    return Path(args.save) / "-".join(map(str, name))
 
 
 def predict(args):
-    """Labels the texts of a file with a tuned prompt: JSON lines with the label, its word and every word's
-    probability, to args.out or to standard output."""
+    """Labels the texts of a file with a tuned prompt: JSON lines with the label, its word and every
+    word's probability, to args.out or to standard output."""
     _, facts = load_prompt(args.prompt[0])
-    try:
-        task = Task.load(args.task[0]) if args.task else Task(facts["task"], facts["template"], facts["words"])
-        max_length = int(facts["settings"]["max_length"]) if "settings" in facts else args.max_length
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{args.prompt[0]}: not a prompt that --save kept, so it does not say its task: {error}; "
-                         "name a --task")
+    kept = "not a prompt that --save kept, so it does not say its task; name a --task"
+    with blame(args.prompt[0], kept, TypeError):
+        max_length = args.max_length
+        if "settings" in facts:
+            max_length = int(facts["settings"]["max_length"])
+        if args.task:
+            task = Task.load(args.task[0])
+        else:
+            task = Task(facts["task"], facts["template"], facts["words"])
+    if args.out:
+        data.try_place(args.out)
     t5, tokenizer = load_t5(args.model or facts["base_model"], args.device, args.dtype)
     model = PromptedT5(t5, tokenizer, task, max_length)
     prompt = load_prompt(args.prompt[0], t5.config.d_model)[0].to(model.device)
     examples = list(data.read_examples(args.predict, task, labelled=False))
-    labelled = []
-    for batch in batches(model, [{name: text for name, text in e.items() if name != "label"} for e in examples]):
-        for p in model.probabilities(prompt, batch).tolist():
-            best = int(np.argmax(p))
-            labelled.append({**examples[len(labelled)], "label": best, "word": task.words[best],
-                             "probabilities": dict(zip(task.words, [round(value, 4) for value in p]))})
+    blank = sum(1 for _, line in data.numbered_lines(args.predict) if not line.strip())
+    if not examples:
+        raise InputError(f"{args.predict}: no text to label; give one on each line")
+    if blank:
+        print(f"{args.predict}: {blank} blank lines have no label", file=sys.stderr)
+
+    for example in examples:
+        example.pop("label", None)
+    counts = Counter()
+    for start in range(0, len(examples), 64):
+        some = examples[start : start + 64]
+        probabilities = model.probabilities(prompt, model.encode(some)).tolist()
+        for example, p in zip(some, probabilities):
+            example["label"] = int(np.argmax(p))
+            example["word"] = task.words[example["label"]]
+            example["probabilities"] = {w: round(value, 4) for w, value in zip(task.words, p)}
+            counts[example["word"]] += 1
     if args.out:
-        data.write_examples(args.out, labelled)
-        counts = Counter(example["word"] for example in labelled)
-        print(f"wrote {args.out}: {len(labelled):,} texts, " + ", ".join(f"{n:,} {word}" for word, n in counts.items()))
+        data.write_examples(args.out, examples)
+        shares = [f"{count:,} {word}" for word, count in counts.items()]
+        print(f"wrote {args.out}: {len(examples):,} texts, {', '.join(shares)}")
     else:
-        sys.stdout.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in labelled)
+        for example in examples:
+            print(json.dumps(example, ensure_ascii=False))
 
 
-# ----------------------------------------------------------------------------------------------- results and reports
+# -------------------------------------------------- Results: their file, the tables, the figures
+
+NAMES = {
+    "maml": "MetaPT",
+    "fomaml": "MetaPT, first-order",
+    "reptile": "MetaPT, Reptile",
+    "ppt": "PPT",
+    "ft": "FT",
+    "random": "PT",
+}
+LEGEND = (
+    "PT: prompt tuning from a random start. PPT: from a prompt pre-trained on source data. MetaPT: "
+    "from a prompt\nmeta-learned on it. FT: full tuning, all weights of T5 and no prompt.\n"
+)
+# What a line of results must hold.
+KINDS = dict.fromkeys(("task", "method", "prompt", "digest", "data"), str)
+KINDS |= {"shots": int, "seed": int, "settings": dict, "accuracy": float}
+# The paper's own results: 40 shots, five seeds.
+PAPER_TASKS = "sst5 sst2 amazon5 amazon2 sentihood semeval_restaurant semeval_laptop".split()
+TABLE_1 = """
+t5-base  FT        43.57±2.56 88.27±1.03 48.40±1.48 92.35±0.68 82.11±1.30 71.01±1.16 62.48±3.23
+t5-base  PPT       42.90±1.08 87.42±1.15 51.15±1.56 93.28±0.21 80.06±3.31 62.04±3.34 56.37±4.11
+t5-base  MetaPT    45.26±0.39 89.47±0.12 55.47±0.34 94.43±0.08 80.38±0.46 76.93±1.19 70.86±1.95
+t5-base  MetaPT(Y) 46.24±0.42 87.26±0.73 58.73±0.13 95.39±0.03 78.27±1.17 80.72±0.60 72.32±0.66
+t5-large MetaPT    47.31±0.21 89.61±0.09 55.76±0.15 95.23±0.03 85.78±0.10 85.96±0.08 77.49±0.11
+"""
+TABLE_2 = """
+t5-base  kmeans 46.24±0.42
+t5-base  lda    44.10±0.83
+t5-base  random 42.95±1.05
+t5-base  label  42.84±0.76
+t5-base  PPT    42.89±1.08
+"""  # on SST-5 alone
 
 
 def identity(row):
@@ -264,214 +445,364 @@ def identity(row):
 
 
 def read_results(path):
-    """The lines of a results file, the newest of each run; none where there is no file. Raises InputError."""
-    results = {}
-    for number, line in data.numbered_lines(path) if path.exists() else ():
-        try:
+    """The lines of a results file, the newest of each run; none where there is no file. Raises
+    InputError."""
+    results, number = {}, 0
+    if not path.exists():
+        return []
+    with blame(lambda: f"{path}:{number}", "not a line of results: remove it", TypeError):
+        for number, line in data.numbered_lines(path):
             row = parse_json(line)
-            results[identity(row)] = row
-            if wrong := [key for key, kind in KINDS.items() if not isinstance(row[key], kind)]:
-                raise ValueError(f"{wrong[0]} {row[wrong[0]]!r}")
+            for key, kind in KINDS.items():
+                if not isinstance(row[key], kind):
+                    raise ValueError(f"{key} {row[key]!r}")
             if not 0 <= row["accuracy"] <= 1 or not isinstance(row["settings"]["model"], str):
                 raise ValueError("the accuracy is no share or the model no name")
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number}: not a line of results: {error}; remove that line")
+            results[identity(row)] = row
     return list(results.values())
 
 
-def add_result(path, row):
-    """Adds a line to a results file that other processes add to as well."""
+def add_result(path, row, again=False):
+    """Adds a line to a results file that other processes add to as well. A run that another process
+    has added meanwhile is not added twice, unless it is to be made `again`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:  # freed with the process, however that ends
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:  # freed with the process
         fcntl.flock(lock, fcntl.LOCK_EX)
-        data.write_examples(path, [*read_results(path), row])
+        results = read_results(path)
+        others = [other for other in results if identity(other) != identity(row)]
+        if again or len(others) == len(results):
+            data.write_examples(path, [*others, row])
 
 
 def method_name(row):
-    """The paper's name of a run's method. MetaPT is on K-means clusters, MetaPT(Y) where the source is Yelp itself."""
+    """The paper's name of a run's method. MetaPT is on K-means clusters, MetaPT(Y) where the source
+    is Yelp itself."""
     name = NAMES.get(row["method"], row["method"])
     if row["method"] != "maml":
         return name
-    clustering = "" if row.get("clustering", "kmeans") == "kmeans" else f", {row['clustering']}"
-    return name + "(Y)" * str(row.get("source_task")).startswith("yelp") + clustering
+    if str(row.get("source_task")).startswith("yelp"):
+        name += "(Y)"
+    if row.get("clustering", "kmeans") != "kmeans":
+        name += f", {row['clustering']}"
+    return name
 
 
-def grouped(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
-    """{(model, x, method, details): {task: {seed: accuracy in points}}}. The details are the prompt and those of `keys`
-    in which the rows of a method differ. Of a prompt that was made anew under its old name only the newest counts."""
-    newest = {row["prompt"]: row["digest"] for row in results if row["prompt"] != "random"}
-    results = [row for row in results if newest.get(row["prompt"], row["digest"]) == row["digest"]]
-    values, groups, results = {}, {}, [{**row, **row["settings"]} for row in results]
-    for row, key in itertools.product(results, keys):
-        values.setdefault((row["method"], key), set()).add(str(row.get(key)))
-    for row in results:
-        details = [f"{key} {row.get(key)}" for key in keys if key != "prompt" and len(values[row["method"], key]) > 1]
-        details = [row["prompt"]] * ("prompt" in keys and row["method"] != "ft") + details
-        group = groups.setdefault((Path(row["model"]).name, row[x], method_name(row), ", ".join(details)), {})
+def newest(results):
+    """The rows without those of a prompt that was made anew under its old name since."""
+    last = {row["prompt"]: row["digest"] for row in results if row["prompt"] != "random"}
+    return [row for row in results if last.get(row["prompt"], row["digest"]) == row["digest"]]
+
+
+def varying(rows, keys):
+    """{method: those of the keys in which its rows differ}."""
+    values = {}
+    for row in rows:
+        for key in keys:
+            values.setdefault((row["method"], key), set()).add(str(row.get(key)))
+    found = {row["method"]: [] for row in rows}
+    for (method, key), seen in values.items():
+        if len(seen) > 1:
+            found[method].append(key)
+    return found
+
+
+def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
+    """The lines of a table: {(model, x, method, details): {task: {seed: accuracy in points}}}. The
+    details are the prompt and those of `keys` in which the rows of a method differ."""
+    rows = [{**row, **row["settings"]} for row in newest(results)]
+    differing = varying(rows, [key for key in keys if key != "prompt"])
+    lines = {}
+    for row in rows:
+        details = [f"{key} {row.get(key)}" for key in differing[row["method"]]]
+        if "prompt" in keys and row["method"] != "ft":
+            details.insert(0, row["prompt"])
+        name = (Path(row["model"]).name, row[x], method_name(row), ", ".join(details))
+        # Where one line is of several prompts, each has seeds of its own.
         seed = row["seed"] if "prompt" in keys else (row["prompt"], row["seed"])
-        group.setdefault(row["task"], {})[seed] = 100 * row["accuracy"]
-    return dict(sorted(groups.items(), key=lambda group: group[0][:2]))
+        line = lines.setdefault(name, {})
+        line.setdefault(row["task"], {})[seed] = 100 * row["accuracy"]
+    return dict(sorted(lines.items(), key=lambda line: line[0][:2]))
 
 
 def spread(scores):
     """Mean, sample standard deviation and number."""
     scores = list(scores)
-    return np.mean(scores), np.std(scores, ddof=1) if len(scores) > 1 else 0.0, len(scores)
+    deviation = np.std(scores, ddof=1) if len(scores) > 1 else 0.0
+    return np.mean(scores), deviation, len(scores)
 
 
-def print_markdown(title, rows):
-    """Prints rows of cells, the first its header, as a Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    print("", title, "", *("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows), "", sep="\n")
+def fill_table(results, cell):
+    """Rows of a table: one for each line of results, with a column for each task. `cell` gives the
+    text from all lines, the line's name and the task."""
+    lines = table_lines(results)
+    tasks = list(dict.fromkeys(row["task"] for row in results))
+    rows = [["model", "shots", "method", "prompt", *tasks]]
+    for name in lines:
+        model, shots, method, details = name
+        cells = [cell(lines, name, task) if task in lines[name] else "-" for task in tasks]
+        rows.append([model, str(shots), method, details or "-", *cells])
+    return rows
 
 
-def print_groups(title, results, cell):
-    """A table with a line for each group of runs and a column for each task, filled by cell(groups, key, task)."""
-    groups, tasks = grouped(results), list(dict.fromkeys(row["task"] for row in results))
-    rows = [[*map(str, key), *(cell(groups, key, task) for task in tasks)] for key in groups]
-    print_markdown(title, [["model", "shots", "method", "prompt", *tasks], *rows])
+def score_table(results, paper):
+    """Table 1's form: the best of each model and number of shots in bold; behind it what the paper
+    has for the same."""
+    best = {}
+    for (model, shots, _, _), tasks in table_lines(results).items():
+        for task, scores in tasks.items():
+            key = (model, shots, task)
+            best[key] = max(best.get(key, 0), spread(scores.values())[0])
+
+    def cell(lines, name, task):
+        mean, deviation, count = spread(lines[name][task].values())
+        text = f"{mean:.2f} ± {deviation:.2f}"
+        if mean == best[name[0], name[1], task]:
+            text = f"**{text}**"
+        if count != 5:
+            text += f" ({count})"
+        theirs = paper_value(paper, name, task)
+        if theirs:
+            text += f"; paper {theirs}, {mean - float(theirs.split('±')[0]):+.2f}"
+        return text
+
+    return fill_table(results, cell)
 
 
-def print_scores(title, results, paper={}):
-    """Table 1's form: the best of each model and number of shots in bold; behind it what the paper has for the same."""
-    def cell(groups, key, task):
-        if task not in groups[key]:
-            return "-"
-        peers = [of[task] for other, of in groups.items() if other[:2] == key[:2] and task in of]
-        mean, deviation, count = spread(groups[key][task].values())
-        bold = "**" if mean == max(spread(scores.values())[0] for scores in peers) else ""
-        theirs = dict(zip(PAPER_TASKS, paper.get((key[0], key[2]), "").split())).get(task) if key[1] == 40 else None
-        return (f"{bold}{mean:.2f} ± {deviation:.2f}{bold}" + f" ({count})" * (count != 5)
-                + (f"; paper {theirs}, {mean - float(theirs.split('±')[0]):+.2f}" if theirs else ""))
-
-    print_groups(f"{title}: accuracy in points, mean ± sample standard deviation over five seeds, or over (so many).",
-                 results, cell)
+def paper_value(paper, name, task):
+    """What a table of the paper has for a line's model and method, at 40 shots; else None."""
+    model, shots, method, _ = name
+    for line in paper.strip().splitlines():
+        words = line.split()
+        if shots == 40 and words[:2] == [model, method.removesuffix(" clusters")]:
+            return dict(zip(PAPER_TASKS, words[2:])).get(task)
+    return None
 
 
-def print_comparison(results, against):
-    """Is a gain real? Every method against one, seed by seed: a seed draws the same examples for both. The interval is
-    over draws of examples, not over trainings of the prompt that the seeds share."""
+def gain_table(results, against):
+    """Is a gain real? Every method against one, seed by seed: a seed draws the same examples for
+    both. The interval is over draws of examples, not over trainings of the prompt that the seeds
+    share."""
     from scipy import stats
 
-    def cell(groups, key, task):
-        other = next((other for other in groups if other[:2] == key[:2] and against in other[2:]), key)
-        ours, theirs = groups[key].get(task, {}), groups[other].get(task, {})
+    def cell(lines, name, task):
+        others = [n for n in lines if n[:2] == name[:2] and against in n[2:]]
+        if not others or others[0] == name:
+            return "-"
+        ours, theirs = lines[name][task], lines[others[0]].get(task, {})
         gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        if len(gains) < 2 or other == key:
+        if len(gains) < 2:
             return "-"
         mean, deviation, count = spread(gains)
         half = stats.t.ppf(0.975, count - 1) * deviation / count**0.5
-        bold = "**" if 0 < half < abs(mean) else ""
-        return f"{bold}{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{bold}" + f" ({count})" * (count != 5)
+        text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+        if half < abs(mean):
+            text = f"**{text}**"
+        return text if count == 5 else f"{text} ({count})"
 
-    print_groups(f"Against {against}: mean difference in points, paired over the seeds, with its 95 % t interval; bold "
-                 "where that leaves out 0.", results, cell)
+    return fill_table(results, cell)
 
 
-def report(args):
-    """Tables 1 and 2 of a results file beside the paper's, the paired comparison and, with --figure, Figure 2 or 3."""
+def print_table(title, rows):
+    """Prints rows of cells, the first its header, as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rule = ["-" * width for width in widths]
+    print(f"\n{title}\n")
+    for row in [rows[0], rule, *rows[1:]]:
+        print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
+    print()
+
+
+def print_confusion(words, counts):
+    rows = [[word, *map(str, line)] for word, line in zip(words, counts)]
+    print_table("The label down, the prediction across:", [["", *words], *rows])
+
+
+def print_confusions(results):
+    """A confusion matrix for each model, number of shots, method, prompt and task, summed over the
+    seeds."""
+    sums = {}
+    for row in newest(results):
+        name = (row["task"], method_name(row), row["prompt"], row["shots"], tuple(row["words"]))
+        sums[name] = sums.get(name, 0) + np.array(row["confusion"])
+    for (task, method, prompt, shots, words), counts in sums.items():
+        print(f"\n{task}, {method} ({prompt}), {shots} shots, all seeds:")
+        print_confusion(words, counts.tolist())
+
+
+def print_report(args):
+    """Tables 1 and 2 of a results file beside the paper's, the paired comparison and, with
+    --figure, Figure 2 or 3."""
     results = read_results(Path(args.report))
     if not results:
         raise InputError(f"{args.report}: no results here; finetune.py --out writes them")
-    print_scores("Table 1", results, TABLE_1)
-    clustered = [{**row, "method": f"{row['clustering']} clusters"} for row in results
-                 if row["method"] == "maml" and "clustering" in row]
+    form = "accuracy in points, mean ± sample standard deviation over five seeds, or over (so many)"
+    print_table(f"Table 1: {form}.", score_table(results, TABLE_1))
+    print(LEGEND)
+
+    clustered = []
+    for row in results:
+        if row["method"] == "maml" and "clustering" in row:
+            clustered.append({**row, "method": f"{row['clustering']} clusters"})
     if len({row["method"] for row in clustered}) > 1:
-        print_scores("Table 2", clustered + [row for row in results if row["method"] == "ppt"], TABLE_2)
-    names = list(dict.fromkeys(name for key in grouped(results) for name in key[2:] if name))
-    if args.against and args.against not in names:
-        raise InputError(f"{args.report}: no {args.against} to compare with, only {', '.join(names)}")
-    print_comparison(results, args.against or names[names.index("MetaPT") + 1 if "MetaPT" in names else 0])
+        baseline = [row for row in results if row["method"] == "ppt"]
+        print_table(f"Table 2: {form}.", score_table(clustered + baseline, TABLE_2))
+
+    lines = table_lines(results)
+    names = [part for name in lines for part in name[2:] if part]
+    prompts = [name[3] for name in lines if name[2] == "MetaPT"]
+    against = args.against or (prompts or names)[0]
+    if against not in names:
+        known = ", ".join(dict.fromkeys(names))
+        raise InputError(f"{args.report}: no {against} to compare with, only {known}")
+    title = (
+        f"Against {against}: mean difference in points, paired over the seeds, with its 95 % t "
+        "interval; bold where that leaves out 0."
+    )
+    print_table(title, gain_table(results, against))
+    if args.confusion:
+        with blame(args.report, "run them again for --confusion"):
+            print_confusions(results)
     if args.figure:
-        draw(results, args.x, Path(args.figure))
+        save_figure(Path(args.figure), plot(curves(results, args.x), args.x))
 
 
-def draw(results, x, path):
-    """Figure 2 (x is shots), 3a (source_size) or 3b (clusters): a panel for each task, a line for each method, the mean
-    over the seeds in a band of one standard deviation."""
-    from matplotlib.figure import Figure
-    held, lines = ["prompt"] if x == "shots" else [key for key in ("shots", *SOURCE_FACTS[1:3]) if key != x], {}
+def curves(results, x):
+    """{name: {x: {task: {seed: accuracy in points}}}}: the lines of Figure 2 (x is shots), 3a
+    (source_size) or 3b (clusters), each of at least two points. Raises InputError without any."""
+    others = [key for key in ("shots", *SOURCE_FACTS[1:3]) if key != x]
+    keys = ("prompt",) if x == "shots" else tuple(others)
     rows = [row for row in results if isinstance(row.get(x), int)]
-    for (_, at, *name), tasks in grouped(rows, x, [*held, *RESULT_ARGUMENTS]).items():
-        lines.setdefault(", ".join(filter(None, name)), {})[at] = tasks
-    lines = {name: line for name, line in lines.items() if len(line) > 1}
-    if not lines:
-        raise InputError(f"{path}: no method was run with more than one value of {x}, so there is nothing to draw")
-    names = list(dict.fromkeys(task for line in lines.values() for tasks in line.values() for task in tasks))
+    found = {}
+    for name, tasks in table_lines(rows, x, (*keys, *RESULT_ARGUMENTS)).items():
+        _, at, method, details = name
+        label = f"{method}, {details}" if details else method
+        found.setdefault(label, {})[at] = tasks
+    found = {name: curve for name, curve in found.items() if len(curve) > 1}
+    if not found:
+        raise InputError(f"no method was run with more than one value of {x}: nothing to plot")
+    return found
+
+
+def plot(curves, x):
+    """Figure 2 or 3: a panel for each task, a line for each method, the mean over the seeds in a
+    band of one standard deviation. Returns the figure."""
+    from matplotlib.figure import Figure
+
+    names, ticks = {}, set()
+    for curve in curves.values():
+        ticks.update(curve)
+        for tasks in curve.values():
+            names.update(dict.fromkeys(tasks))
+    ticks = sorted(ticks)
+    labels = {"shots": "training examples", "source_size": "source examples"}
     figure = Figure(figsize=(1 + 4 * len(names), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
     for panel, task in zip(panels, names):
-        for (name, line), style in zip(lines.items(), itertools.cycle(["o-", "s--", "^:", "D-.", "v-", "P--"])):
-            xs = [at for at in line if task in line[at]]
-            means, deviations, _ = np.array([spread(line[at][task].values()) for at in xs]).reshape(-1, 3).T
+        styles = itertools.cycle(["o-", "s--", "^:", "D-.", "v-", "P--"])
+        for (name, curve), style in zip(curves.items(), styles):
+            xs = [at for at in curve if task in curve[at]]
+            points = [spread(curve[at][task].values())[:2] for at in xs]
+            means, deviations = np.array(points).reshape(-1, 2).T
             panel.plot(xs, means, style, label=name)
             panel.fill_between(xs, means - deviations, means + deviations, alpha=0.15, linewidth=0)
         if x != "clusters":
             panel.set_xscale("log", base=2 if x == "shots" else 10)
-        xs = sorted({at for line in lines.values() for at in line})
-        panel.set_xticks(xs, [f"{at:,}" for at in xs], rotation=30 * (x == "source_size"))
+        rotation = 30 if x == "source_size" else 0
+        panel.set_xticks(ticks, [f"{at:,}" for at in ticks], rotation=rotation)
         panel.minorticks_off()
-        panel.set(title=task, xlabel={"shots": "training examples", "source_size": "source examples"}.get(x, x))
+        panel.set(title=task, xlabel=labels.get(x, x))
     panels[0].set_ylabel("accuracy in points")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, 2 * len(names)),
-                  frameon=False)
+    handles, columns = panels[0].get_legend_handles_labels(), min(3, 2 * len(names))
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def save_figure(path, figure):
     kind = path.suffix.lstrip(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"{path}: no kind of picture; end it in .png, .pdf or .svg")
-    write_beside(path, lambda beside: figure.savefig(beside, format=kind, dpi=200, bbox_inches="tight"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how = {"format": kind, "dpi": 200, "bbox_inches": "tight"}
+    write_beside(path, lambda beside: figure.savefig(beside, **how))
     print(f"wrote {path}")
 
 
+# -------------------------------------------------------------------------------- The command line
+
+
+def start(text):
+    return text if text == "random" else data.folder(text)
+
+
 def main(argv=None):
+    whole, positive = data.whole, data.positive
     parser = data.Parser(__doc__)
     parser.add_config_flag()
-    parser.add("--task", "task folders", nargs="+", metavar="FOLDER")
-    parser.add("--method", "prompt tuning, full tuning, or both", ["pt"], choices=list(SETTINGS), nargs="+")
-    parser.add("--model", f"a T5 by hub name or folder (default: {data.MODEL}; with --predict the prompt's own)")
-    parser.add("--prompt", "where prompt tuning starts: random, or prompts' folders", ["random"], nargs="+")
-    parser.add("--shots", "training examples", [40], type=int, nargs="+")
-    parser.add("--seeds", "each draws its own examples", [1, 2, 3, 4, 5], type=int, nargs="+")
-    parser.add("--out", "the results file (default: results.jsonl); with --predict the labelled texts (default: "
-               "standard output)", metavar="FILE")
+    model = f"a T5 by hub name or folder (default: {data.MODEL}; with --predict the prompt's own)"
+    seeds = [1, 2, 3, 4, 5]
+    out = "the results (default: results.jsonl); with --predict the labelled texts (default: shown)"
+    texts = "labels a .txt or .jsonl file with a prompt that --save kept, or any prompt for --task"
+    parser.add("--task", "task folders", nargs="+", type=data.folder, metavar="FOLDER")
+    methods = list(SETTINGS)
+    parser.add(
+        "--method", "prompt tuning, full tuning, or both", ["pt"], choices=methods, nargs="+"
+    )
+    parser.add("--model", model)
+    prompts = "where prompt tuning starts: random, or prompts' folders"
+    parser.add("--prompt", prompts, ["random"], type=start, nargs="+", metavar="FOLDER")
+    parser.add("--shots", "training examples", [40], type=whole(1), nargs="+")
+    parser.add("--seeds", "each draws its own examples", seeds, type=whole(0), nargs="+")
+    parser.add("--out", out, metavar="FILE")
     parser.add("--save", "keeps every tuned prompt in a folder here", metavar="FOLDER")
-    parser.add("--predict", "labels the texts of a .txt or .jsonl file with a prompt that --save kept, or "
-               "with any prompt for --task", metavar="FILE")
-    parser.add_setting("--learning-rate", "AdamW's", SETTINGS, type=float)
-    parser.add("--search", f"full tuning tries {GRID} and tests what validates best", False, action="store_true")
-    parser.add_setting("--batch-size", "examples of an update", SETTINGS, type=int)
-    parser.add("--accumulate", "passes that a batch is split into, where memory is short", 1, type=int)
-    parser.add("--max-epochs", "epochs at most; each ends in a validation", 200, type=int)
-    parser.add("--max-steps", "updates at most (default: as --max-epochs says)", type=int)
-    parser.add_setting("--patience", "epochs without a better validation until the run stops", SETTINGS, type=int)
-    parser.add("--validation-shots", "validation examples (default: as many as --shots)", type=int)
-    parser.add("--balanced", "draws equally from every class", False, action="store_true")
-    parser.add("--max-test", "tests on so many examples, drawn once (default: on all)", type=int)
-    parser.add("--report", "prints the tables of a results file, beside the paper's", metavar="FILE")
-    parser.add("--against", "with --report: the method or prompt to compare with (default: first MetaPT)",
-               metavar="NAME")
-    parser.add("--confusion", "prints the confusion matrices too", False, action="store_true")
-    parser.add("--figure", "with --report: the picture to draw of it, .png, .pdf or .svg", metavar="FILE")
-    parser.add("--x", "the figure's horizontal axis", "shots", choices=["shots", "source_size", "clusters"])
-    parser.add_model_flags()
+    parser.add("--predict", texts, type=data.file, metavar="FILE")
+    parser.add_setting("--learning-rate", "AdamW's", SETTINGS, type=positive)
+    parser.add_switch("--search", f"full tuning tries {RATES}; tests what validates best")
+    parser.add_setting("--batch-size", "examples of an update", SETTINGS, type=whole(1))
+    passes = "passes that a batch is split into, where memory is short"
+    parser.add("--accumulate", passes, 1, type=whole(1))
+    epochs = "epochs at most; each ends in a validation"
+    parser.add("--max-epochs", epochs, 200, type=whole(1))
+    parser.add("--max-steps", "updates at most (default: as --max-epochs says)", type=whole(1))
+    patience = "epochs without a better validation until the run stops"
+    parser.add_setting("--patience", patience, SETTINGS, type=whole(1))
+    shots = "validation examples (default: as many as --shots)"
+    parser.add("--validation-shots", shots, type=whole(1))
+    parser.add_switch("--balanced", "draws equally from every class")
+    parser.add("--max-test", "tests on so many, drawn once (default: on all)", type=whole(1))
+    report = "prints the tables of a results file, beside the paper's"
+    parser.add("--report", report, type=data.file, metavar="FILE")
+    against = "with --report: the method or prompt to compare with (default: first MetaPT)"
+    parser.add("--against", against, metavar="NAME")
+    parser.add_switch("--confusion", "prints the confusion matrices too")
+    figure = "with --report: the picture to plot of it, .png, .pdf or .svg"
+    parser.add("--figure", figure, metavar="FILE")
+    axes = ["shots", "source_size", "clusters"]
+    parser.add("--x", "the figure's horizontal axis", "shots", choices=axes)
+    parser.add_prompt_flags()
     args = parser.parse(argv)
+
     if args.predict and args.prompt == ["random"]:
         parser.error("--predict needs --prompt FOLDER, a prompt that --save kept")
     if args.figure and not args.report:
-        parser.error("--figure draws the results of --report FILE")
+        parser.error("--figure plots the results of --report FILE")
     if args.predict or args.report:
-        return predict(args) if args.predict else report(args)
+        return predict(args) if args.predict else print_report(args)
     if not args.task:
         parser.error("--task FOLDER is needed")
+    if args.save and "pt" not in args.method:
+        parser.error("--save keeps tuned prompts, and full tuning has none; add --method pt")
     if "ft" in args.method and args.dtype == "bfloat16":
-        parser.error("--dtype bfloat16 is for a frozen T5; full tuning's small steps are lost in bfloat16")
+        parser.error(
+            "--dtype bfloat16 is for a frozen T5: full tuning's small steps are lost in it"
+        )
     args.out = args.out or "results.jsonl"
     args.model = args.model or data.MODEL
     run_all(args)
 
 
 def main_demo():
-    """The offline demo: prompt tuning from three prompts and full tuning, as demo/pt.json and demo/ft.json say."""
+    """The offline demo: prompt tuning from three prompts and full tuning, as demo/pt.json and
+    demo/ft.json say."""
     folder = data.demo()
     for method in SETTINGS:
         print(f"$ python finetune.py --config {folder / method}.json", flush=True)
