@@ -536,6 +536,12 @@ def load_classifier(name, device, **arguments):
     return model.to(device).eval(), tokenizer
 
 
+def in_batches(tokenizer, max_length):
+    """texts -> one batch of tensors, cut at max_length tokens."""
+    cut = {"truncation": True, "max_length": max_length, "padding": True}
+    return partial(tokenizer, return_tensors="pt", **cut)
+
+
 def read_pairs(path, task):
     """[(text, label)] of a file of examples."""
     pairs = []
@@ -561,11 +567,9 @@ def train_labeller(args):
     torch.manual_seed(args.seed)  # of the classifier's new layer too
     shape = {"num_labels": len(task.words), "ignore_mismatched_sizes": True}
     model, tokenizer = load_classifier(args.model, args.device, **shape)
-    cut = {"truncation": True, "max_length": args.max_length, "padding": True}
-    tokenize = partial(tokenizer, return_tensors="pt", **cut)
+    tokenize = in_batches(tokenizer, args.max_length)
     texts, truths = zip(*validation)
-    epochs = args.max_epochs * math.ceil(len(training) / args.batch_size)
-    total = args.max_steps or epochs
+    total = args.max_steps or args.max_epochs * math.ceil(len(training) / args.batch_size)
     rates = {"learning_rate": args.learning_rate, "warmup": args.warmup}
     steps = train_classifier(model, tokenize, training, total, batch_size=args.batch_size, **rates)
 
@@ -611,15 +615,22 @@ def pseudo_label(args):
         raise InputError(f"{args.labeller}: {message}")
     corpus = read_corpus(args.corpus, args.unit, args.share)
     try_place(out / "examples.jsonl")
-    check_settings(out / "blocks" / "settings.json", args)
-
+    if rank == 0:
+        check_settings(out / "blocks" / "settings.json", args)
+    wait_for_all(world)
     label_corpus(corpus, out / "blocks", task, args)
-    if world > 1:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    wait_for_all(world)
     if rank == 0:
         write_source(out, task, args)
+
+
+def wait_for_all(world):
+    """Returns once every process has come to this line."""
+    if world == 1:
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    torch.distributed.barrier()
 
 
 def check_settings(path, args):
@@ -629,7 +640,7 @@ def check_settings(path, args):
     settings = {name: getattr(args, name) for name in names}
     settings["corpus"] = [[file, os.stat(file).st_size] for file in args.corpus]
     settings["block"] = BLOCK
-    if args.restart and rank_and_world()[0] == 0:
+    if args.restart:
         shutil.rmtree(path.parent, ignore_errors=True)
     if path.exists():
         if read_json(path, "--restart begins anew") != settings:
@@ -643,6 +654,7 @@ def check_settings(path, args):
 def label_corpus(corpus, folder, task, args):
     """Labels those blocks of the corpus that have no file yet; each process those of its number."""
     rank, world = rank_and_world()
+    folder.mkdir(parents=True, exist_ok=True)
     label, done = None, 0  # the labeller is loaded once there is something to label
     with StopSignal() as stop, tqdm(desc="pseudo-label", unit=" texts", disable=None) as bar:
         for number in itertools.count():
@@ -670,8 +682,7 @@ def load_labeller(args, task):
             f"{args.labeller}: its classifier has {model.config.num_labels} labels, its task "
             f"{len(task.words)} words; train it again with data.py labeller"
         )
-    cut = {"truncation": True, "max_length": args.max_length, "padding": True}
-    tokenize = partial(tokenizer, return_tensors="pt", **cut)
+    tokenize = in_batches(tokenizer, args.max_length)
     return lambda texts: classify(model, tokenize, texts, args.batch_size)
 
 

@@ -97,13 +97,18 @@ def tune(
     with torch.no_grad():
         for parameter, value in zip(parameters, best):
             parameter.copy_(value)
+    return prompt.detach(), course(log, time.time() - began)
+
+
+def course(log, seconds):
+    """The facts of a run from the log of its validations."""
     score = log[best_of(log)]
-    return prompt.detach(), {
+    return {
         "epochs": len(log),
         "best_epoch": best_of(log) + 1,
         "validation_accuracy": score["accuracy"],
         "validation_loss": score["loss"],
-        "seconds": round(time.time() - began, 2),
+        "seconds": round(seconds, 2),
     }
 
 
@@ -310,9 +315,9 @@ def run_one(args, run, weights):
     full = run["method"] == "ft"
     with mend("lower --learning-rate"):
         if full and args.search:
-            tuned, course = search(model, start, *examples, **settings)
+            tuned, made_of = search(model, start, *examples, **settings)
         else:
-            tuned, course = tune(model, start, *examples, rate, full=full, **settings)
+            tuned, made_of = tune(model, start, *examples, rate, full=full, **settings)
 
     score = model.evaluate(tuned, test)
     score["macro_f1"] = macro_f1(score["confusion"])
@@ -323,12 +328,12 @@ def run_one(args, run, weights):
         how |= {"accuracy": score["accuracy"]}
         save_prompt(saved_folder(args, run), tuned, model.t5, **row, **made, **how)
     row |= {fact: facts[fact] for fact in SOURCE_FACTS if fact in facts}
-    row |= {"words": model.task.words, **score, **course, **made}
+    row |= {"words": model.task.words, **score, **made_of, **made}
     tqdm.write(
         f"{row['task']}, {method_name(row)} ({row['prompt']}), {row['shots']} shots, seed "
         f"{row['seed']}: {score['accuracy']:.1%}, macro-F1 {100 * score['macro_f1']:.1f}, "
-        f"{score['in_words']:.0%} answer with a task word; {course['epochs']} epochs, "
-        f"{course['seconds']:.1f} s"
+        f"{score['in_words']:.0%} answer with a task word; {row['epochs']} epochs, "
+        f"{row['seconds']:.1f} s"
     )
     if args.confusion:
         print_confusion(row["words"], score["confusion"])
@@ -734,7 +739,8 @@ def start(text):
     return text if text == "random" else data.folder(text)
 
 
-def main(argv=None):
+def make_parser():
+    """The flags of this script."""
     whole, positive = data.whole, data.positive
     parser = data.Parser(__doc__)
     parser.add_config_flag()
@@ -779,14 +785,20 @@ def main(argv=None):
     axes = ["shots", "source_size", "clusters"]
     parser.add("--x", "the figure's horizontal axis", "shots", choices=axes)
     parser.add_prompt_flags()
-    args = parser.parse(argv)
+    return parser
 
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse(argv)
     if args.predict and args.prompt == ["random"]:
         parser.error("--predict needs --prompt FOLDER, a prompt that --save kept")
     if args.figure and not args.report:
         parser.error("--figure plots the results of --report FILE")
-    if args.predict or args.report:
-        return predict(args) if args.predict else print_report(args)
+    if args.predict:
+        return predict(args)
+    if args.report:
+        return print_report(args)
     if not args.task:
         parser.error("--task FOLDER is needed")
     if args.save and "pt" not in args.method:

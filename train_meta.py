@@ -134,53 +134,64 @@ def validate(model, prompt, held_out, alpha):
 def train(args):
     """One run from source data to the best prompt, in the folder args.out; returns its score."""
     out, m, ppt = Path(args.out), args.batch_size, args.method == "ppt"
-    rank, world = data.rank_and_world()
     check_arguments(out / "arguments.json", args)
     task = Task.load(Path(args.source).parent)
     tasks, held_out, facts = read_source(args, task)
-    t5, tokenizer = load_t5(args.model, args.device, args.dtype)
-    model = PromptedT5(t5, tokenizer, task, args.max_length)
+    model = PromptedT5(*load_t5(args.model, args.device, args.dtype), task, args.max_length)
     held_out = [encode_held_out(model, examples, m, ppt) for examples in held_out]
+    data.try_place(out / "checkpoint.safetensors")
+    step, log = learn(args, model, tasks, held_out, facts)
+
+    best = log[best_of(log)]
+    if data.rank_and_world()[0] == 0:
+        print(
+            f"wrote {out}: the prompt of step {best['step']:,} of {step:,}, validation accuracy "
+            f"{best['accuracy']:.1%} (at the start {log[0]['accuracy']:.1%})"
+            + ("; no step of this run was better than its start" if best is log[0] else "")
+        )
+    return best
+
+
+def learn(args, model, tasks, held_out, facts):
+    """The outer loop, from where the checkpoint in args.out stands; returns the last step and the
+    log of evaluations. Under torchrun every process works on its share of a step's meta-tasks, or
+    of PPT's batch."""
+    out, m, (rank, world) = Path(args.out), args.batch_size, data.rank_and_world()
+    max_steps, first = limits(args, tasks)
     prompt = torch.nn.Parameter(start_prompt(model, args))
     optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=args.weight_decay)
-    epoch = math.ceil(len(tasks[0]) / m) if ppt else 0
-    max_steps = min(args.max_steps, EPOCHS * epoch) if ppt else args.max_steps
-    first = math.ceil(epoch / args.eval_every)  # A.2: patience counts after PPT's first epoch
-
-    data.try_place(out / "checkpoint.safetensors")
     step, log, best = load_checkpoint(out, prompt, optimizer, facts, args.restart)
-    all_reduce(torch.zeros(1))  # no process writes before all have read
+    all_reduce(torch.zeros(1, device=prompt.device))  # no process writes before all have read
     if rank == 0:
         data.save_arguments(out / "arguments.json", args)
+
+    stopped = False
     bar = tqdm(None, args.method, max_steps, initial=step, disable=rank > 0 or None)
     with data.StopSignal() as stop, bar:
-        stopped = False
         while True:
-            evaluated = log and log[-1]["step"] == step
-            if not evaluated and (step % args.eval_every == 0 or step == max_steps):
-                score = shared_mean(validate(model, prompt.detach(), held_out, args.alpha), prompt)
-                log.append({"step": step, **score})
+            due = step % args.eval_every == 0 or step == max_steps
+            if due and not (log and log[-1]["step"] == step):
+                score = validate(model, prompt.detach(), held_out, args.alpha)
+                log.append({"step": step, **shared_mean(score, prompt)})
                 if best_of(log) == len(log) - 1:
                     best = prompt.detach().clone()
-                bar.set_postfix(accuracy=f"{score['accuracy']:.3f}")
-                save(out, prompt, optimizer, step, log, best, t5, facts)
-            if step == max_steps or len(log) - 1 - max(best_of(log) or 0, first) >= args.patience:
-                break
+                bar.set_postfix(accuracy=f"{log[-1]['accuracy']:.3f}")
+                save(out, prompt, optimizer, step, log, best, model.t5, facts)
+            if step == max_steps or len(log) - 1 - max(best_of(log), first) >= args.patience:
+                return step, log
             if stopped:
-                save(out, prompt, optimizer, step, log, best, t5, facts)
+                save(out, prompt, optimizer, step, log, best, model.t5, facts)
                 message = f"stopped at step {step:,} and saved"
                 raise KeyboardInterrupt(f"{message}; the same command continues")
 
-            if ppt:
+            if args.method == "ppt":
                 batch = draw_batch(tasks[0], m, args.seed, step)[rank::world]
                 drawn = [model.encode(batch) if batch else None]
                 factor = linear_schedule(step, max_steps)
                 optimizer.param_groups[0]["lr"] = args.learning_rate * factor
             else:
-                drawn = [
-                    [model.encode(examples) for examples in side[rank::world]]
-                    for side in draw(tasks, m, args.seed, step)
-                ]
+                supports, queries = draw(tasks, m, args.seed, step)
+                drawn = encode_all(model, supports[rank::world], queries[rank::world])
             gradient, loss = gradient_of(args, model, prompt, drawn)
             gradient, loss, stopped = all_reduce(gradient, loss, torch.tensor(float(bool(stop))))
             check_finite(args, model, prompt, drawn, step, gradient, loss)
@@ -188,7 +199,21 @@ def train(args):
             optimizer.step()  # P <- P - β ∇_P ..., by AdamW
             step += 1
             bar.update()
-    return report(out, step, log)
+
+
+def limits(args, tasks):
+    """How many steps a run has at most, and the evaluation from which its patience counts: for PPT
+    five epochs, and the end of the first (A.2)."""
+    if args.method != "ppt":
+        return args.max_steps, 0
+    epoch = math.ceil(len(tasks[0]) / args.batch_size)
+    return min(args.max_steps, EPOCHS * epoch), math.ceil(epoch / args.eval_every)
+
+
+def encode_all(model, supports, queries):
+    """Lists of examples as lists of encoded batches."""
+    supports = [model.encode(examples) for examples in supports]
+    return supports, [model.encode(examples) for examples in queries]
 
 
 def gradient_of(args, model, prompt, drawn):
@@ -225,20 +250,19 @@ def shared_mean(score, prompt):
 
 def check_finite(args, model, prompt, drawn, step, gradient, loss):
     """Raises InputError where the loss or the gradient of a step is not finite, and names the first
-    meta-task for which that is so, and its examples."""
+    meta-task of this process for which that is so, and its examples."""
     if gradient.isfinite().all() and loss.isfinite():
         return
-    texts = "a loss or a gradient is not finite"
-    for i, batches in enumerate(zip(*drawn) if args.method != "ppt" else [drawn]):
-        one = list(batches) if args.method == "ppt" else [[batch] for batch in batches]
-        gradient, loss = gradient_of(args, model, prompt, one)
+    problem = "a loss or a gradient is not finite"
+    for i, batches in enumerate(zip(*drawn) if args.method != "ppt" else ()):
+        gradient, loss = gradient_of(args, model, prompt, [[batch] for batch in batches])
         if not (gradient.isfinite().all() and loss.isfinite()):
             ids = torch.cat([batch["input_ids"].flatten() for batch in batches])
             text = model.tokenizer.decode(ids)
-            texts = f"the loss or gradient of meta-task {i} is not finite on {text!r}"
+            problem = f"the loss or gradient of meta-task {i} is not finite on {text!r}"
             break
     raise InputError(
-        f"step {step:,}: {texts}; {args.out} keeps the best prompt so far; lower --alpha or "
+        f"step {step:,}: {problem}; {args.out} keeps the best prompt so far; lower --alpha or "
         "--learning-rate and give --restart"
     )
 
@@ -319,7 +343,9 @@ def check_arguments(path, args):
 def save(out, prompt, optimizer, step, log, best, t5, facts):
     """Writes what a continued run needs, in one safetensors file with numbers in its header; then
     the log, and the best prompt so far."""
-    if data.rank_and_world()[0] > 0 or best is None:
+    if best is None:
+        raise InputError(f"step {step:,}: the validation loss is not finite; give another model")
+    if data.rank_and_world()[0] > 0:
         return
     tensors = {"prompt": prompt.detach(), "best": best}
     for name, value in optimizer.state_dict()["state"].get(0, {}).items():
@@ -347,8 +373,11 @@ def load_checkpoint(out, prompt, optimizer, facts, restart):
             header = parse_json(file.metadata()["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         step, log = header["step"], header["log"]
-        if type(step) is not int or log[best_of(log)]["step"] > step:
-            raise ValueError("its log does not fit its step")
+        for line in log:
+            if type(step) is not int or line["step"] > step or not 0 <= line["accuracy"] <= 1:
+                raise ValueError("its log does not fit its step")
+        if not log or tensors["prompt"].shape != prompt.shape:
+            raise ValueError("it holds no evaluation, or a prompt of another shape")
         state = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
@@ -365,18 +394,6 @@ def load_checkpoint(out, prompt, optimizer, facts, restart):
     if data.rank_and_world()[0] == 0:
         print(f"continues {out} from step {step:,}", flush=True)
     return step, log, best
-
-
-def report(out, step, log):
-    """Prints the last line of a run; returns the score of its best prompt."""
-    best = log[best_of(log)]
-    if data.rank_and_world()[0] == 0:
-        print(
-            f"wrote {out}: the prompt of step {best['step']:,} of {step:,}, validation accuracy "
-            f"{best['accuracy']:.1%} (at the start {log[0]['accuracy']:.1%})"
-            + ("; no step of this run was better than its start" if best is log[0] else "")
-        )
-    return best
 
 
 def search(args):
