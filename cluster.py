@@ -66,7 +66,7 @@ def lda(texts, count, vectorizer, k, seed, size=512, updates=100):
         k, learning_method="online", total_samples=count, random_state=seed
     )
     passes = math.ceil(updates * size / max(count, size))
-    for _ in tqdm(range(passes), "LDA, passes", disable=None):
+    for _ in range(passes):
         for block in blocks(texts(), size):
             model.partial_fit(vectorizer.transform(block))
 
@@ -219,25 +219,33 @@ def open_embeddings(path, mode, *shape):
 
 
 def check_sizes(source, clusters, least, drop_small):
-    """Which examples are in clusters of at least `least`, [N] bool. Raises InputError where not all
-    are, unless drop_small."""
+    """Which examples are in clusters that are large enough, [N] bool: of `least` examples, or by
+    default of what train_meta.py holds out of each and draws. Raises InputError where not all are,
+    unless drop_small."""
     sizes = np.bincount(clusters)
-    small = np.flatnonzero((sizes > 0) & (sizes < least))
-    if len(small) and not drop_small:
-        raise InputError(
-            f"{source}: cluster {small[0]} has {sizes[small[0]]} examples, fewer than the {least} "
-            "that support, query and validation take: lower --k or --min-size, or drop it with "
-            "--drop-small"
-        )
-    if len(small):
+    kept = sizes > 0
+    while True:  # fewer clusters have to be larger, since more of each is held out
+        needed = least or 640 // max(1, kept.sum()) + 8
+        small = np.flatnonzero(kept & (sizes < needed))
+        if len(small) == 0:
+            return kept[clusters]
+        if not drop_small or len(small) == kept.sum():
+            raise InputError(
+                f"{source}: cluster {small[0]} has {sizes[small[0]]} examples, fewer than the "
+                f"{needed} that support, query and validation take: lower --k or --min-size, or "
+                "drop it with --drop-small"
+            )
         dropped = sizes[small].sum()
-        print(f"dropped {len(small)} clusters of fewer than {least} examples: {dropped:,} examples")
-    return sizes[clusters] >= least
+        print(
+            f"dropped {len(small)} clusters of fewer than {needed} examples: {dropped:,} examples"
+        )
+        kept[small] = False
 
 
 def describe(source, task, clusters, distances, labels, vectorizer):
     """Prints Appendix B.2's manual inspection: every cluster's size, labels, most telling words and
-    the three texts nearest to its centroid. Returns each cluster's most telling words."""
+    the three texts nearest to its centroid (its first three, where there is no centroid). Returns
+    each cluster's most telling words."""
     near = nearest(clusters, distances)
     wanted = set(itertools.chain.from_iterable(near.values()))
     found = {i: text for i, text in enumerate(read_texts(source, task)) if i in wanted}
@@ -287,14 +295,14 @@ def make_meta_tasks(args):
             clusters = random_clusters(len(labels), k, args.seed)
         else:
             clusters = labels
-        kept = check_sizes(source, clusters, args.min_size or 640 // k + 8, args.drop_small)
+        kept = check_sizes(source, clusters, args.min_size, args.drop_small)
         telling = describe(source, task, clusters, distances, labels, vectorizer)
         panels.append((f"{args.method}, {len(telling)} clusters", clusters, telling))
         write_clusters(out, source, task, clusters, kept)
         data.save_arguments(out.with_suffix(".json"), args)
         print(f"wrote {out}: {kept.sum():,} examples in {len(np.unique(clusters[kept]))} clusters")
     if args.figure:
-        save_figure(args.figure, plot(embeddings, panels, args.seed))
+        data.save_figure(args.figure, plot(embeddings, panels, args.seed))
 
 
 def write_clusters(out, source, task, clusters, kept):
@@ -311,20 +319,14 @@ def write_clusters(out, source, task, clusters, kept):
         task.save(out.parent)
 
 
-def save_figure(path, figure):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    print(f"wrote {path}")
-
-
 def main(argv=None):
     parser = data.Parser(__doc__)
     parser.add_config_flag()
     source = "the examples to cluster, JSON lines with a task.json beside them"
     figure = "draws the clusters by t-SNE of the embeddings, a panel for each k"
     size = (
-        "examples that a cluster must have (default: 640 / k + 8, which train_meta.py holds out "
-        "and draws by default)"
+        "examples that a cluster must have (default: 640 / clusters + 8, which train_meta.py holds "
+        "out and draws by default)"
     )
     best = "cuda" if torch.cuda.is_available() else "cpu"
     out = "the file to write (default: METHOD and K.jsonl beside the source)"
@@ -334,7 +336,7 @@ def main(argv=None):
     parser.add("--method", "how to cluster", "kmeans", choices=["kmeans", "lda", "random", "label"])
     parser.add("--k", "clusters; several write a file each", [10], type=whole(2), nargs="+")
     parser.add("--encoder", "a sentence-BERT by hub name or folder", encoder)
-    parser.add("--figure", figure, metavar="FILE")
+    parser.add("--figure", figure, type=data.picture, metavar="FILE")
     parser.add("--min-size", size, type=whole(1))
     parser.add_switch("--drop-small", "leaves smaller clusters out")
     parser.add("--vocabulary", "words that LDA and the report count", 10_000, type=whole(1))

@@ -61,7 +61,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from metapt import InputError, Task, best_of, blame, linear_schedule
+from metapt import InputError, Task, best_of, blame, first_line, linear_schedule, out_of_patience
 from metapt import parse_json, read_json, write_beside, write_json
 
 transformers_logging.disable_progress_bar()  # the scripts have their own
@@ -73,6 +73,7 @@ WORDS = {
     3: ["bad", "okay", "good"],
     2: ["bad", "good"],
 }
+CONTINUES = "the same command, without --restart, continues"
 # What the packers of the standard library raise beside OSError, EOFError and ValueError.
 BROKEN = (zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 
@@ -176,7 +177,8 @@ def write_task(folder, task, splits):
 
 @contextlib.contextmanager
 def folder_beside(folder):
-    """A new folder to fill, whose files move to `folder` at the end; on an error none does."""
+    """A new folder to fill, whose files move to `folder` at the end; on an error before that none
+    does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         yield Path(beside)
@@ -314,6 +316,9 @@ DATASETS = {
 }
 
 
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files
+
+
 def find_splits(source, patterns):
     """The official file of each split in a folder, a .zip or a tar; a file of another name is the
     training split. Raises InputError."""
@@ -432,10 +437,9 @@ def label_block(texts, label, min_words, max_words):
     words = [0 if text is None else text.count(" ") + 1 for text in texts]
     fitting = [text for text, n in zip(texts, words) if min_words <= n <= max_words]
     labels, confidences = label(fitting) if fitting else ([], [])
-    examples = [
-        {"text": text, "label": label, "confidence": round(p, 4)}
-        for text, label, p in zip(fitting, labels, confidences)
-    ]
+    examples = []
+    for text, said, p in zip(fitting, labels, confidences):
+        examples.append({"text": text, "label": said, "confidence": round(p, 4)})
     counts = {
         "read": len(texts),
         "not text": words.count(0),
@@ -594,7 +598,7 @@ def train_labeller(args):
             if stop:
                 message = f"stopped at step {step:,}; {out} holds the best so far"
                 raise KeyboardInterrupt(f"{message}; --model {out} goes on from it")
-            if len(log) - 1 - best_of(log) >= args.patience:
+            if out_of_patience(log, args.patience):
                 break
 
     largest = max(collections.Counter(truths).values()) / len(truths)
@@ -639,7 +643,8 @@ def check_settings(path, args):
     names = ("labeller", "unit", "share", "min_words", "max_words", "max_length")
     settings = {name: getattr(args, name) for name in names}
     settings["corpus"] = [[file, os.stat(file).st_size] for file in args.corpus]
-    settings["block"] = BLOCK
+    weights = sorted(Path(args.labeller).glob("*.safetensors"))
+    settings |= {"weights": [digest(file) for file in weights], "block": BLOCK}
     if args.restart:
         shutil.rmtree(path.parent, ignore_errors=True)
     if path.exists():
@@ -670,7 +675,7 @@ def label_corpus(corpus, folder, task, args):
             bar.update(len(texts))
             if stop:
                 message = f"stopped after {done:,} texts and saved"
-                raise KeyboardInterrupt(f"{message}; the same command continues")
+                raise KeyboardInterrupt(f"{message}; {CONTINUES}")
 
 
 def load_labeller(args, task):
@@ -707,7 +712,8 @@ def read_block(path, task):
 
 def write_source(out, task, args):
     """Balances what was labelled, and writes examples.jsonl, task.json and funnel.json to `out`.
-    Holds 17 bytes for each text that was labelled. Raises InputError where a class is empty."""
+    Holds some 40 bytes for each text that was labelled. Raises InputError where a class is empty.
+    """
     field, paths = task.fields[0], sorted((out / "blocks").glob("*.json.gz"))
     labels, confidences, hashes = array.array("B"), array.array("d"), array.array("Q")
     read = collections.Counter()
@@ -867,6 +873,9 @@ def corrupt(ids, sentinels, rng, closing):
     return source + [1], target + [sentinels[used], 1]
 
 
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files
+
+
 def pretrain_demo_t5(texts, tokenizer, steps, rng, batch_size=64):
     """A tiny T5 trained from nothing by span corruption on texts of which many end in "it was
     good"."""
@@ -902,9 +911,6 @@ def pretrain_demo_t5(texts, tokenizer, steps, rng, batch_size=64):
     size = sum(p.numel() for p in t5.parameters()) / 1e6
     print(f"pre-trained a T5 of {size:.2f} million parameters; last loss {loss.item():.2f}")
     return t5.eval()
-
-
-# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files
 
 
 def write_demo(out, steps):
@@ -1157,6 +1163,22 @@ def file_or_folder(text):
     return text if Path(text).is_dir() else file(text)
 
 
+def picture(text):
+    """A picture to write."""
+    if Path(text).suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg")
+    return text
+
+
+def save_figure(path, figure):
+    """Writes one of matplotlib's figures, beside its place first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how = {"format": path.suffix[1:], "dpi": 200, "bbox_inches": "tight"}
+    write_beside(path, lambda beside: figure.savefig(beside, **how))
+    print(f"wrote {path}")
+
+
 def try_place(path):
     """Raises InputError where the file `path` could not be written: before the work, not after."""
     path = Path(path).absolute()
@@ -1181,7 +1203,7 @@ def fill(args, settings):
 
 
 def save_arguments(path, args):
-    """Writes the arguments that a script ran with as JSON: a file for --config."""
+    """Writes the arguments that a script ran with as JSON, which scripts with --config read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in vars(args).items() if name not in ("config", "restart")}
     write_json(path, kept)
@@ -1248,9 +1270,10 @@ def run(main):
     except InputError as error:
         end(error, 2)
     except OSError as error:
-        end(f"{error.filename or error}: {error.strerror}; check the path", 2)
+        place = f"{error.filename}: " if error.filename else ""
+        end(f"{place}{first_line(error)}; check the path", 2)
     except KeyboardInterrupt as stop:
-        end(str(stop) or "stopped; the same command continues", 130)
+        end(str(stop) or f"stopped; {CONTINUES}", 130)
 
 
 def end(message, status):

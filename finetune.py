@@ -9,7 +9,9 @@ tuning (A.1).
     python finetune.py --predict reviews.txt --prompt tuned/sst5-metapt-40-1    # labels new text
 
 Every run, of one task, method, prompt, number of shots and seed, becomes one line of --out; a run
-that stands there already is not run again. Under torchrun the runs are spread over the processes.
+that stands there already is not run again, so after Ctrl-C the same command continues. Under
+torchrun the runs are spread over the processes. Table 2 compares prompts of cluster.py's four
+--method, Figure 3 prompts of several --source-size and --k: a prompt brings these facts along.
 """
 
 import signal
@@ -34,7 +36,7 @@ from tqdm import tqdm
 
 import data
 from metapt import InputError, PromptedT5, Task, best_of, blame, linear_schedule, load_prompt
-from metapt import load_t5, parse_json, save_prompt, select, summed_loss, write_beside
+from metapt import load_t5, out_of_patience, parse_json, save_prompt, select, summed_loss
 
 # What Appendix A sets for each method; flags override it. A.4's batches of 4, accumulated 8 times,
 # are batches of 32.
@@ -43,6 +45,10 @@ SETTINGS = {
     "ft": {"learning_rate": 3e-5, "batch_size": 4, "patience": 5},  # A.1
 }
 RATES = [3e-3, 3e-4, 8e-5, 3e-5, 3e-6]  # A.1's search; the paper prints its third as 8e5
+
+
+class Diverged(InputError):
+    """No validation of a training had a finite loss."""
 
 
 # ------------------------------------------------------------- Appendix A.4 and A.1, to be copied
@@ -65,8 +71,8 @@ def tune(
 ):
     """Trains the prompt [n, d] (Appendix A.4), or if `full` the whole T5 (A.1), on examples, and
     leaves what was trained as it was at the best validation. A batch is worked on in `accumulate`
-    passes. Returns the prompt and the run's facts. Raises InputError where no epoch's validation
-    loss is finite."""
+    passes. Returns the prompt and the run's facts. Raises Diverged where no epoch's validation loss
+    is finite."""
     prompt = torch.nn.Parameter(prompt.clone())
     parameters = list(model.t5.requires_grad_(full).parameters()) if full else [prompt]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -76,7 +82,7 @@ def tune(
     total = min(total, max_steps or total)
 
     log, best, step, began = [], None, 0, time.time()
-    while step < total and len(log) - 1 - (best_of(log) or 0) < patience:
+    while step < total and not out_of_patience(log, patience):
         model.t5.train(full)  # dropout, in full tuning only
         for rows in torch.randperm(len(training)).split(batch_size)[: total - step]:
             optimizer.param_groups[0]["lr"] = learning_rate * linear_schedule(step, total)
@@ -93,14 +99,15 @@ def tune(
 
     model.t5.requires_grad_(False)
     if best is None:
-        raise InputError(f"no epoch's validation loss is finite at learning rate {learning_rate}")
+        problem = f"no epoch's validation loss is finite at learning rate {learning_rate}"
+        raise Diverged(f"{problem}; lower --learning-rate")
     with torch.no_grad():
         for parameter, value in zip(parameters, best):
             parameter.copy_(value)
-    return prompt.detach(), course(log, time.time() - began)
+    return prompt.detach(), course_of(log, time.time() - began)
 
 
-def course(log, seconds):
+def course_of(log, seconds):
     """The facts of a run from the log of its validations."""
     score = log[best_of(log)]
     return {
@@ -119,7 +126,7 @@ def search(model, prompt, training, validation, rates=RATES, **settings):
     scores, runs = [], []
     for rate in rates:
         model.t5.load_state_dict(weights)
-        with contextlib.suppress(InputError):  # a rate at which it diverges is no choice
+        with contextlib.suppress(Diverged):  # a rate at which it diverges is no choice
             _, facts = tune(
                 model, prompt, training, validation, learning_rate=rate, full=True, **settings
             )
@@ -129,7 +136,7 @@ def search(model, prompt, training, validation, rates=RATES, **settings):
             if best_of(scores) == len(scores) - 1:
                 best = {name: weight.clone() for name, weight in model.t5.state_dict().items()}
     if not runs:
-        raise InputError(f"no epoch's validation loss is finite at any learning rate of {rates}")
+        raise Diverged(f"no epoch's validation loss is finite at any learning rate of {rates}")
 
     model.t5.load_state_dict(best)
     found = {run["learning_rate"]: run["validation_accuracy"] for run in runs}
@@ -173,8 +180,7 @@ def run_all(args):
     mine, stood = [], 0
     finished = set() if args.restart else {identity(row) for row in read_results(out)}
     for run in runs[rank::world]:
-        kept = not args.save or run["method"] == "ft" or saved_folder(args, run).exists()
-        if run["identity"] in finished and kept:
+        if run["identity"] in finished and not is_missing(args, run):
             stood += 1
         else:
             mine.append(run)
@@ -187,7 +193,7 @@ def run_all(args):
 
     results = read_results(out)
     if {run["identity"] for run in runs} <= {identity(row) for row in results}:
-        # Under torchrun, this is the process that ends last.
+        # Under torchrun this is not so before the last process ends.
         title = "Accuracy in points, mean ± sample standard deviation over five seeds, or over"
         print_table(f"{title} (so many).", score_table(results, ""))
         print(LEGEND)
@@ -230,8 +236,8 @@ def load_task(folder, t5, tokenizer, args):
     lines = enumerate(data.read_examples(paths[0], model.task))
     found = {row: example for row, example in lines if row in wanted}
     splits = {}
-    for key, draw in draws.items():
-        splits[key] = [[found[row] for row in rows] for rows in draw]
+    for key, (training, validation) in draws.items():
+        splits[key] = [found[row] for row in training], [found[row] for row in validation]
 
     test = list(data.read_examples(paths[1], model.task))
     if not test:
@@ -313,11 +319,10 @@ def run_one(args, run, weights):
     settings = {name: run["settings"][name] for name in names} | {"seed": run["seed"]}
     examples, rate = (training, validation), run["settings"]["learning_rate"]
     full = run["method"] == "ft"
-    with mend("lower --learning-rate"):
-        if full and args.search:
-            tuned, made_of = search(model, start, *examples, **settings)
-        else:
-            tuned, made_of = tune(model, start, *examples, rate, full=full, **settings)
+    if full and args.search:
+        tuned, course = search(model, start, *examples, **settings)
+    else:
+        tuned, course = tune(model, start, *examples, rate, full=full, **settings)
 
     score = model.evaluate(tuned, test)
     score["macro_f1"] = macro_f1(score["confusion"])
@@ -328,7 +333,7 @@ def run_one(args, run, weights):
         how |= {"accuracy": score["accuracy"]}
         save_prompt(saved_folder(args, run), tuned, model.t5, **row, **made, **how)
     row |= {fact: facts[fact] for fact in SOURCE_FACTS if fact in facts}
-    row |= {"words": model.task.words, **score, **made_of, **made}
+    row |= {"words": model.task.words, **score, **course, **made}
     tqdm.write(
         f"{row['task']}, {method_name(row)} ({row['prompt']}), {row['shots']} shots, seed "
         f"{row['seed']}: {score['accuracy']:.1%}, macro-F1 {100 * score['macro_f1']:.1f}, "
@@ -340,15 +345,6 @@ def run_one(args, run, weights):
     return row
 
 
-@contextlib.contextmanager
-def mend(how):
-    """Adds to an InputError how to mend it here."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{error}; {how}")
-
-
 def warn_of_one_class(task, training, run):
     labels = {example["label"] for example in training}
     if len(labels) == 1:
@@ -357,6 +353,15 @@ def warn_of_one_class(task, training, run):
             f"warning: all {len(training)} training examples of {task.name}, seed {run['seed']}, "
             f"are {word!r}; --balanced draws equally from every class"
         )
+
+
+def is_missing(args, run):
+    """Whether --save wants a tuned prompt that its folder does not hold."""
+    if not args.save or run["method"] == "ft":
+        return False
+    folder = saved_folder(args, run)
+    facts = load_prompt(folder)[1] if folder.exists() else {}
+    return any(key not in facts for key in KINDS) or identity(facts) != run["identity"]
 
 
 def saved_folder(args, run):
@@ -487,7 +492,7 @@ def method_name(row):
         return name
     if str(row.get("source_task")).startswith("yelp"):
         name += "(Y)"
-    if row.get("clustering", "kmeans") != "kmeans":
+    if (row.get("clustering") or "kmeans") != "kmeans":
         name += f", {row['clustering']}"
     return name
 
@@ -646,7 +651,7 @@ def print_report(args):
 
     clustered = []
     for row in results:
-        if row["method"] == "maml" and "clustering" in row:
+        if row["method"] == "maml" and row.get("clustering"):
             clustered.append({**row, "method": f"{row['clustering']} clusters"})
     if len({row["method"] for row in clustered}) > 1:
         baseline = [row for row in results if row["method"] == "ppt"]
@@ -668,7 +673,7 @@ def print_report(args):
         with blame(args.report, "run them again for --confusion"):
             print_confusions(results)
     if args.figure:
-        save_figure(Path(args.figure), plot(curves(results, args.x), args.x))
+        data.save_figure(args.figure, plot(curves(results, args.x), args.x))
 
 
 def curves(results, x):
@@ -722,20 +727,10 @@ def plot(curves, x):
     return figure
 
 
-def save_figure(path, figure):
-    kind = path.suffix.lstrip(".")
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise InputError(f"{path}: no kind of picture; end it in .png, .pdf or .svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    how = {"format": kind, "dpi": 200, "bbox_inches": "tight"}
-    write_beside(path, lambda beside: figure.savefig(beside, **how))
-    print(f"wrote {path}")
-
-
 # -------------------------------------------------------------------------------- The command line
 
 
-def start(text):
+def start_of_prompt(text):
     return text if text == "random" else data.folder(text)
 
 
@@ -755,7 +750,7 @@ def make_parser():
     )
     parser.add("--model", model)
     prompts = "where prompt tuning starts: random, or prompts' folders"
-    parser.add("--prompt", prompts, ["random"], type=start, nargs="+", metavar="FOLDER")
+    parser.add("--prompt", prompts, ["random"], type=start_of_prompt, nargs="+", metavar="FOLDER")
     parser.add("--shots", "training examples", [40], type=whole(1), nargs="+")
     parser.add("--seeds", "each draws its own examples", seeds, type=whole(0), nargs="+")
     parser.add("--out", out, metavar="FILE")
@@ -781,7 +776,7 @@ def make_parser():
     parser.add("--against", against, metavar="NAME")
     parser.add_switch("--confusion", "prints the confusion matrices too")
     figure = "with --report: the picture to plot of it, .png, .pdf or .svg"
-    parser.add("--figure", figure, metavar="FILE")
+    parser.add("--figure", figure, type=data.picture, metavar="FILE")
     axes = ["shots", "source_size", "clusters"]
     parser.add("--x", "the figure's horizontal axis", "shots", choices=axes)
     parser.add_prompt_flags()

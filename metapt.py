@@ -467,13 +467,16 @@ def linear_schedule(step, total, warmup=20):
 
 def best_of(scores):
     """The index of the best validation in a list of them: by accuracy, then by lower loss, then
-    the earlier. One whose loss is not finite is never it; None where none is finite.
-
-    A loop stops early where len(scores) - 1 - best_of(scores) reaches its patience.
-    """
+    the earlier. One whose loss is not finite is never it; None where none is finite."""
     finite = [i for i, score in enumerate(scores) if math.isfinite(score["loss"])]
-    rank = lambda i: (scores[i]["accuracy"], -scores[i]["loss"], -i)
-    return max(finite, key=rank, default=None)
+    merit = lambda i: (scores[i]["accuracy"], -scores[i]["loss"], -i)
+    return max(finite, key=merit, default=None)
+
+
+def out_of_patience(scores, patience, first=0):
+    """Early stopping: whether `patience` validations have followed the best one, or the one of
+    number `first`, without a better one."""
+    return len(scores) - 1 - max(best_of(scores) or 0, first) >= patience
 
 
 # ----------------------------------------------------------------- Files, and errors of one line
@@ -577,11 +580,13 @@ def write_beside(path, write):
     whole or not there, however the process ends. Raises InputError where it cannot be written."""
     beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
-        with blame(path, "mend that and give the same command again"):
-            write(beside)
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+        write(beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        mend = "mend that and give the same command again"
+        raise InputError(f"{path}: cannot be written: {first_line(error)}; {mend}")
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -593,9 +598,8 @@ def parse_json(text):
         value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply")
-    if (
-        "\\ud" in text or "\\uD" in text
-    ):  # half of such a pair is no character: it cannot be written
+    # Half of a pair of surrogates is no character, and could not be written again.
+    if "\\ud" in text or "\\uD" in text:
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

@@ -8,7 +8,8 @@ baseline of pre-trained prompt tuning (Appendix A.2).
     torchrun --nproc_per_node 4 train_meta.py --source ... --out ...            # on four GPUs
 
 The folder --out becomes a prompt in PEFT's layout, the best one by validation so far, with
-log.jsonl and arguments.json beside it. The same command again continues a run that was stopped.
+log.jsonl and arguments.json beside it. Ctrl-C and SIGTERM finish the step and save; the same
+command again continues.
 """
 
 import signal
@@ -34,12 +35,13 @@ from tqdm import tqdm
 import data
 from metapt import InputError, PromptedT5, Task, adapt, adapt_all, best_of, blame, linear_schedule
 from metapt import load_prompt, load_t5, meta_gradient, parse_json, read_json, save_prompt
-from metapt import write_beside
+from metapt import out_of_patience, write_beside
 
 # What Appendix A sets for each method; flags override it.
 MAML = {"learning_rate": 0.025, "max_steps": 20_000, "eval_every": 500, "patience": 6}  # A.3
 PPT = {"learning_rate": 0.003, "max_steps": 1_250_000, "eval_every": 20_000, "patience": 5}  # A.2
 SETTINGS = {"maml": MAML, "fomaml": MAML, "reptile": MAML, "ppt": PPT}
+ALPHA = 0.08  # the inner loop's learning rate, A.3
 ALPHAS = [0.8, 0.3, 0.08, 0.03, 0.008]  # A.3's search
 BETAS = [0.3, 0.08, 0.03, 0.025, 0.008]
 EPOCHS = 5  # of PPT at most, A.2
@@ -163,13 +165,16 @@ def learn(args, model, tasks, held_out, facts):
     step, log, best = load_checkpoint(out, prompt, optimizer, facts, args.restart)
     all_reduce(torch.zeros(1, device=prompt.device))  # no process writes before all have read
     if rank == 0:
+        if args.restart:
+            (out / "checkpoint.safetensors").unlink(missing_ok=True)
         data.save_arguments(out / "arguments.json", args)
 
     stopped = False
     bar = tqdm(None, args.method, max_steps, initial=step, disable=rank > 0 or None)
     with data.StopSignal() as stop, bar:
         while True:
-            due = step % args.eval_every == 0 or step == max_steps
+            ended = step >= max_steps
+            due = step % args.eval_every == 0 or ended
             if due and not (log and log[-1]["step"] == step):
                 score = validate(model, prompt.detach(), held_out, args.alpha)
                 log.append({"step": step, **shared_mean(score, prompt)})
@@ -177,12 +182,11 @@ def learn(args, model, tasks, held_out, facts):
                     best = prompt.detach().clone()
                 bar.set_postfix(accuracy=f"{log[-1]['accuracy']:.3f}")
                 save(out, prompt, optimizer, step, log, best, model.t5, facts)
-            if step == max_steps or len(log) - 1 - max(best_of(log), first) >= args.patience:
-                return step, log
             if stopped:
                 save(out, prompt, optimizer, step, log, best, model.t5, facts)
-                message = f"stopped at step {step:,} and saved"
-                raise KeyboardInterrupt(f"{message}; the same command continues")
+                raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {data.CONTINUES}")
+            if ended or out_of_patience(log, args.patience, first):
+                return step, log
 
             if args.method == "ppt":
                 batch = draw_batch(tasks[0], m, args.seed, step)[rank::world]
@@ -240,7 +244,8 @@ def all_reduce(*tensors):
 
 
 def shared_mean(score, prompt):
-    """The mean of a score over the processes, so that all decide the same."""
+    """The mean of a score over the processes: each has validated, which costs little beside the
+    steps, and where their digits differ all must still decide the same."""
     world = data.rank_and_world()[1]
     if world == 1:
         return score
@@ -253,13 +258,16 @@ def check_finite(args, model, prompt, drawn, step, gradient, loss):
     meta-task of this process for which that is so, and its examples."""
     if gradient.isfinite().all() and loss.isfinite():
         return
-    problem = "a loss or a gradient is not finite"
-    for i, batches in enumerate(zip(*drawn) if args.method != "ppt" else ()):
+    problem, (rank, world) = "a loss or a gradient is not finite", data.rank_and_world()
+    tasks = [] if args.method == "ppt" else zip(*drawn)
+    for i, batches in enumerate(tasks):
         gradient, loss = gradient_of(args, model, prompt, [[batch] for batch in batches])
         if not (gradient.isfinite().all() and loss.isfinite()):
             ids = torch.cat([batch["input_ids"].flatten() for batch in batches])
             text = model.tokenizer.decode(ids)
-            problem = f"the loss or gradient of meta-task {i} is not finite on {text!r}"
+            problem = (
+                f"the loss or gradient of meta-task {rank + i * world} is not finite on {text!r}"
+            )
             break
     raise InputError(
         f"step {step:,}: {problem}; {args.out} keeps the best prompt so far; lower --alpha or "
@@ -292,7 +300,7 @@ def read_source(args, task):
         "source_size": len(examples),
         "source_task": task.name,
         "arguments": vars(args),
-        **data.provenance(args.device, args.source),
+        **data.provenance(args.device, args.source, Path(args.source).with_name("task.json")),
     }
     if data.rank_and_world()[0] == 0:
         print(
@@ -320,17 +328,18 @@ def start_prompt(model, args):
 
 def check_arguments(path, args):
     """Sets the number of threads: that of the run that would be continued, whose digits depend on
-    it. Raises InputError where that run had other arguments. More steps or more patience are no
-    others, but for PPT, whose schedule knows its end."""
+    it. Raises InputError where that run had other arguments. More steps are no others, but for PPT,
+    whose schedule knows its end; nor is more patience."""
     before = {}
     if path.exists() and not args.restart:
         before = read_json(path, "--restart begins anew")
     args.threads = args.threads or before.get("threads") or torch.get_num_threads()
-    free = {"config", "restart", "device", "tasks_per_pass", "search", "patience"}
-    if args.method != "ppt":
-        free.add("max_steps")
-    for name, value in vars(args).items() if before else ():
-        if name not in free and before.get(name) != value:
+    free = {"config", "restart", "device", "tasks_per_pass", "search"}
+    more = {"patience"} if args.method == "ppt" else {"patience", "max_steps"}
+    for name, value in vars(args).items():
+        known = before.get(name, value)
+        longer = name in more and isinstance(known, int) and value >= known
+        if name not in free and value != known and not longer:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(
                 f"{path}: this run began with {flag} {before.get(name)}, not {value}; give it "
@@ -351,7 +360,8 @@ def save(out, prompt, optimizer, step, log, best, t5, facts):
     for name, value in optimizer.state_dict()["state"].get(0, {}).items():
         tensors[f"optimizer.{name}"] = value
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    header = {"facts": json.dumps({"step": step, "log": log})}
+    state = {"step": step, "log": log, "digests": facts["digests"]}
+    header = {"facts": json.dumps(state)}
     out.mkdir(parents=True, exist_ok=True)
     write_beside(out / "checkpoint.safetensors", lambda path: save_file(tensors, path, header))
     data.write_examples(out / "log.jsonl", log)
@@ -387,7 +397,7 @@ def load_checkpoint(out, prompt, optimizer, facts, restart):
         best = torch.empty_like(prompt).copy_(tensors["best"]).detach()
         everything = {**optimizer.state_dict(), "state": {0: state} if state else {}}
         optimizer.load_state_dict(everything)
-    if load_prompt(out)[1].get("digests") != facts["digests"]:
+    if header.get("digests") != facts["digests"]:
         source = facts["arguments"]["source"]
         message = f"not the data that the run in {out} began with; another --out or --restart"
         raise InputError(f"{source}: {message}")
@@ -415,7 +425,7 @@ def search(args):
         )
 
 
-def start(text):
+def start_of_prompt(text):
     return text if text in ("vocab", "normal") else data.folder(text)
 
 
@@ -431,7 +441,7 @@ def main(argv=None):
     parser.add("--out", "the prompt's folder", required=True, metavar="FOLDER")
     parser.add("--method", method, "maml", choices=list(SETTINGS))
     parser.add("--model", "a T5 by hub name or folder", data.MODEL)
-    parser.add("--alpha", "the inner loop's learning rate α", 0.08, type=positive)
+    parser.add("--alpha", "the inner loop's learning rate α", ALPHA, type=positive)
     parser.add_setting("--learning-rate", "AdamW's, the outer loop's β", SETTINGS, type=positive)
     parser.add("--batch-size", m, 4, type=whole(1))
     parser.add_setting("--max-steps", "steps at most", SETTINGS, type=whole(0))
@@ -439,7 +449,9 @@ def main(argv=None):
     parser.add_setting("--patience", patience, SETTINGS, type=whole(1))
     parser.add("--source-size", "draws so many source examples (default: all)", type=whole(1))
     parser.add("--validation", "examples held out, evenly over clusters", 640, type=whole(1))
-    parser.add("--init", "the start: vocab, normal, or a prompt's folder", "vocab", type=start)
+    parser.add(
+        "--init", "the start: vocab, normal, or a prompt's folder", "vocab", type=start_of_prompt
+    )
     parser.add("--tasks-per-pass", "meta-tasks of a forward pass", 4, type=whole(1))
     parser.add_switch("--search", "tries A.3's learning rates and keeps the best by validation")
     parser.add("--seed", "of the random prompt, the split and every draw", 1, type=whole(0))
