@@ -1042,12 +1042,8 @@ class Parser(argparse.ArgumentParser):
         self.add(
             "--dtype", "of T5's weights; the prompt is float32 always", "float32", choices=dtypes
         )
-        self.add(
-            "--matmul",
-            "PyTorch's precision of float32 products (default: highest on a CPU, high, which is "
-            "TF32, on a GPU)",
-            choices=["highest", "high", "medium"],
-        )
+        precision = "PyTorch's precision of float32 products; high is TF32 on a GPU"
+        self.add("--matmul", precision, "highest", choices=["highest", "high", "medium"])
         self.add("--weight-decay", "of AdamW; the paper names none", 0.0, type=real(0))
         self.add_switch("--restart", "begins anew where an earlier run could be continued")
 
@@ -1066,7 +1062,6 @@ class Parser(argparse.ArgumentParser):
         if getattr(args, "threads", None):
             torch.set_num_threads(args.threads)
         if "matmul" in args:
-            args.matmul = args.matmul or ("high" if args.device.startswith("cuda") else "highest")
             torch.set_float32_matmul_precision(args.matmul)
         if getattr(args, "device", None) == "cuda" and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -185,11 +185,13 @@ def run_all(args):
         else:
             mine.append(run)
 
+    made = 0
     for run in tqdm(mine, "runs", disable=True if rank else None):
         done = {identity(row) for row in read_results(out)}
         if run["identity"] in done - finished and not args.save and not args.restart:
             continue  # another process with the same command was here first
         add_result(out, run_one(args, run, weights), args.restart)
+        made += 1
 
     results = read_results(out)
     if {run["identity"] for run in runs} <= {identity(row) for row in results}:
@@ -198,7 +200,7 @@ def run_all(args):
         print_table(f"{title} (so many).", score_table(results, ""))
         print(LEGEND)
         print(
-            f"wrote {out}: {len(mine)} new runs{' of this process' if world > 1 else ''}, {stood} "
+            f"wrote {out}: {made} new runs{' of this process' if world > 1 else ''}, {stood} "
             "stood there already" + (f"; the tuned prompts are in {args.save}" if args.save else "")
         )
 
@@ -227,11 +229,12 @@ def load_task(folder, t5, tokenizer, args):
         message = "data.py convert needs the official test file, or --test-share 0.3"
         raise InputError(f"{paths[1]}: no such file; {message}")
 
-    labels = [example["label"] for example in data.read_examples(paths[0], model.task)]
+    examples = data.read_examples(paths[0], model.task)
+    labels = np.fromiter((example["label"] for example in examples), dtype=np.int64)
     draws = {}
     for shots, seed in itertools.product(args.shots, args.seeds):
         how = (args.validation_shots, args.balanced)
-        draws[shots, seed] = data.few_shot(np.array(labels), shots, seed, *how)
+        draws[shots, seed] = data.few_shot(labels, shots, seed, *how)
     wanted = {row for training, validation in draws.values() for row in training + validation}
     lines = enumerate(data.read_examples(paths[0], model.task))
     found = {row: example for row, example in lines if row in wanted}
