@@ -1655,13 +1655,18 @@ def test_report_beside_the_papers_tables(tmp_path, capsys):
     assert f"| t5-base | 40 | PPT | prompts/ppt | -2.00 [{low:+.2f}, {high:+.2f}] | - |" in lines
 
 
-@pytest.mark.parametrize("less, shown", [(0.001, "+2.20 [+2.00, +2.40]"), (0, "+2.00 [+2.00")])
-def test_a_gain_whose_interval_leaves_out_0_is_bold(tmp_path, capsys, less, shown):
-    rows = [result("maml", accuracy, seed) for seed, accuracy in enumerate(METAPT)]
-    for seed, accuracy in enumerate(METAPT):
-        rows.append(result("ppt", accuracy - 0.02 - less * seed, seed))
+@pytest.mark.parametrize(
+    "ours, theirs, shown",
+    [
+        (METAPT, [0.43, 0.439, 0.418, 0.447, 0.406], "+2.20 [+2.00, +2.40]"),
+        ([0.5] * 5, [0.25] * 5, "+25.00 [+25.00, +25.00]"),  # an interval of no width
+    ],
+)
+def test_a_gain_whose_interval_leaves_out_0_is_bold(tmp_path, capsys, ours, theirs, shown):
+    rows = [result("maml", accuracy, seed) for seed, accuracy in enumerate(ours)]
+    rows += [result("ppt", accuracy, seed) for seed, accuracy in enumerate(theirs)]
     report(tmp_path, rows, against="prompts/ppt")
-    assert f"**{shown}" in capsys.readouterr().out
+    assert f"**{shown}**" in capsys.readouterr().out
 
 
 def test_report_prints_confusion_matrices(tmp_path, capsys):
