@@ -75,6 +75,7 @@ def lda(texts, count, vectorizer, k, seed, size=512, updates=100):
         topics = model.transform(vectorizer.transform(block))
         clusters.append(topics.argmax(1))
         distances.append(1 - topics.max(1))
+
     return np.concatenate(clusters), np.concatenate(distances)
 
 
@@ -143,6 +144,7 @@ def plot(embeddings, panels, seed, sample=3000):
         axis.set(title=title, xticks=[], yticks=[])
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02), "ncols": 2}
         axis.legend(**below, fontsize=9, markerscale=3, frameon=False)
+
     return figure
 
 
@@ -167,6 +169,7 @@ def survey(source, task, words):
         counts.update(set(analyze(text)))
         if len(counts) > 100 * words:  # bounds the memory: rare words are not the most frequent
             counts = collections.Counter(dict(counts.most_common(50 * words)))
+
     frequent = [word for word, _ in counts.most_common(words)]
     return np.array(labels), digest, frequent or ["none"]
 
@@ -178,12 +181,15 @@ def embed(texts, count, path, encoder, device, size=20_000):
     from there. Raises InputError."""
     if path.exists():
         return open_embeddings(path, "r", count)
+
     with blame(encoder, "give a sentence-transformers model by hub name or folder", Exception):
         weights = {"use_safetensors": True}
         model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
+
     partial, shape = path.with_suffix(".partial"), (count, model.get_embedding_dimension())
     if not partial.exists():  # in full, not as a hole: a disk that fills up kills what is mapped
         write_beside(partial, lambda beside: write_zeros(beside, shape))
+
     embeddings = open_embeddings(partial, "r+", *shape)
 
     several = device == "cuda" and torch.cuda.device_count() > 1
@@ -197,8 +203,10 @@ def embed(texts, count, path, encoder, device, size=20_000):
             how = {"batch_size": 128, "normalize_embeddings": True, "pool": pool}
             embeddings[rows] = model.encode(block, show_progress_bar=bar, **how)
             embeddings.flush()
+
     if pool:
         model.stop_multi_process_pool(pool)
+
     partial.rename(path)
     return open_embeddings(path, "r", count)
 
@@ -235,6 +243,7 @@ def check_sizes(source, clusters, least, drop_small):
                 f"{needed} that support, query and validation take: lower --k or --min-size, or "
                 "drop it with --drop-small"
             )
+
         dropped = sizes[small].sum()
         print(
             f"dropped {len(small)} clusters of fewer than {needed} examples: {dropped:,} examples"
@@ -257,6 +266,7 @@ def describe(source, task, clusters, distances, labels, vectorizer):
         print(f"    words: {' '.join(words[name])}")
         for index in near[name]:
             print(f"    {' '.join(found[index].split())[:110]}")
+
     return words
 
 
@@ -266,11 +276,13 @@ def make_meta_tasks(args):
     labels, digest, words = survey(source, task, args.vocabulary)
     if not all(2 <= k <= len(labels) for k in args.k):
         raise InputError(f"{source}: {len(labels):,} examples cannot make {args.k} clusters")
+
     outs = {}
     for k in args.k:
         name = f"{args.method}{'' if args.method == 'label' else k}.jsonl"
         outs[k] = Path(args.out or source.with_name(name))
         data.try_place(outs[k])
+
     if args.figure:
         data.try_place(args.figure)
 
@@ -283,6 +295,7 @@ def make_meta_tasks(args):
         texts = read_texts(source, task)
         place = source.with_name(stored)
         embeddings = embed(texts, len(labels), place, args.encoder, args.device)
+
     panels = []
     for k, out in outs.items():
         distances = np.zeros(len(labels))
@@ -295,12 +308,14 @@ def make_meta_tasks(args):
             clusters = random_clusters(len(labels), k, args.seed)
         else:
             clusters = labels
+
         kept = check_sizes(source, clusters, args.min_size, args.drop_small)
         telling = describe(source, task, clusters, distances, labels, vectorizer)
         panels.append((f"{args.method}, {len(telling)} clusters", clusters, telling))
         write_clusters(out, source, task, clusters, kept)
         data.save_arguments(out.with_suffix(".json"), args)
         print(f"wrote {out}: {kept.sum():,} examples in {len(np.unique(clusters[kept]))} clusters")
+
     if args.figure:
         data.save_figure(args.figure, plot(embeddings, panels, args.seed))
 
@@ -346,6 +361,7 @@ def main(argv=None):
     args = parser.parse(argv)
     if args.out and len(args.k) > 1:
         parser.error("--out goes with one --k")
+
     make_meta_tasks(args)
 
 

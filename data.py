@@ -94,6 +94,7 @@ def open_packed(path):
         tar = tarfile.open(archive, "r|*")  # read once, from front to back
         members = (member for member in tar if member.isfile() and archive / member.name == path)
         file = tar.extractfile(next(members))
+
     unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
     return io.BufferedReader(unpack(file, "rb") if unpack else file, 2**20)
 
@@ -104,6 +105,7 @@ def numbered_lines(path):
     number = 0
     with blame(path, "check the path", *BROKEN):
         file = open_packed(path)
+
     with file, blame(lambda: f"{path}:{number}", "give a whole file of UTF-8 text", *BROKEN):
         lines = iter(file)
         while True:
@@ -139,6 +141,7 @@ def check_example(example, task, labelled=True):
     """Raises ValueError where a value is no example of `task`."""
     if not isinstance(example, dict):
         raise ValueError("not a JSON object")
+
     for field in task.fields:
         if not isinstance(example.get(field), str):
             raise ValueError(f"the template of task {task.name} needs {field!r} to be a text here")
@@ -149,6 +152,7 @@ def check_example(example, task, labelled=True):
     if labelled and (type(label) is not int or not 0 <= label < len(task.words)):
         last = len(task.words) - 1
         raise ValueError(f"label {label!r} is not one of 0 to {last}, the indices of {task.words}")
+
     confidence = example.get("confidence", 1)
     if type(confidence) not in (int, float) or not 0 <= confidence <= 1:
         raise ValueError(f"confidence {confidence!r} is not a number from 0 to 1")
@@ -197,6 +201,7 @@ def few_shot(labels, shots, seed, validation_shots=None, balanced=False):
             f"{shots} + {validation_shots} examples cannot be drawn from the {len(labels)} of "
             "train.jsonl; lower --shots"
         )
+
     order = np.random.default_rng(seed).permutation(len(labels))
     if balanced:  # every class's first example, then every class's second, ...
         turn = np.empty(len(labels), dtype=np.int64)
@@ -204,6 +209,7 @@ def few_shot(labels, shots, seed, validation_shots=None, balanced=False):
             members = np.flatnonzero(np.asarray(labels)[order] == label)
             turn[members] = np.arange(len(members))
         order = order[np.argsort(turn, kind="stable")]
+
     drawn = order[: shots + validation_shots].tolist()
     return drawn[:shots], drawn[shots:]
 
@@ -234,6 +240,7 @@ def read_sst2(path):
     if not unpacked_name(path).endswith(".tsv"):
         yield from read_sst(path, 2)
         return
+
     for number, line in numbered_lines(path):
         text, _, label = line.rstrip("\r\n").rpartition("\t")
         right = (text, label) == ("sentence", "label") if number == 1 else label in ("0", "1")
@@ -276,6 +283,7 @@ def read_semeval(path):
     with blame(path, "give the XML of SemEval-2016 task 5", ElementTree.ParseError, *BROKEN):
         # From bytes, so that the XML names its own encoding.
         root = ElementTree.fromstring(open_packed(path).read())
+
     for sentence in root.iter("sentence"):
         text = (sentence.findtext("text") or "").strip()
         opinions = [opinion.get("polarity") for opinion in sentence.iter("Opinion")]
@@ -332,6 +340,7 @@ def find_splits(source, patterns):
             files = [source / member.name for member in tarfile.open(source) if member.isfile()]
         else:
             files = [source]
+
     # An absolute name in an archive would lead out of it.
     files = [file for file in files if source in (file, *file.parents)]
 
@@ -341,9 +350,11 @@ def find_splits(source, patterns):
             fitting = [f for f in files if fnmatch.fnmatchcase(unpacked_name(f), name)]
             if fitting:
                 found[split] = fitting[0]
+
     if not found and files != [source]:
         wanted = ", ".join(patterns.values())
         raise InputError(f"{source}: no file of this dataset here; looked for {wanted}")
+
     return found or {"train": source}
 
 
@@ -366,6 +377,7 @@ def convert(name, source, out, test_share=0.0):
             counts[split][label] += 1
             if kept:
                 yield {"text": text, "label": label}
+
         if not any(type(label) is int for label in counts[split]):
             raise InputError(
                 f"{files[split]}: no labelled text for {split} here; give the official {name}"
@@ -379,12 +391,14 @@ def convert(name, source, out, test_share=0.0):
         splits["train"] = itertools.compress(examples("train"), ~test)
         splits["test"] = itertools.compress(examples("train"), test)
         print(f"no test file: {test.sum():,} of the training examples are drawn for a test split")
+
     write_task(out, Task(name, TEMPLATE, WORDS[classes]), splits)
 
     for split, path in files.items():
         kept = [f"{counts[split].pop(i, 0):,} {word}" for i, word in enumerate(WORDS[classes])]
         dropped = [f"{count:,} ({why})" for why, count in counts[split].items()] or ["none"]
         print(f"{path}: for {split} kept {', '.join(kept)}; dropped {', '.join(dropped)}")
+
     print(f"wrote {out}: task.json and {', '.join(f'{split}.jsonl' for split in splits)}")
     if "test" not in splits:
         print(
@@ -440,6 +454,7 @@ def label_block(texts, label, min_words, max_words):
     examples = []
     for text, said, p in zip(fitting, labels, confidences):
         examples.append({"text": text, "label": said, "confidence": round(p, 4)})
+
     counts = {
         "read": len(texts),
         "not text": words.count(0),
@@ -462,6 +477,7 @@ def balance(labels, confidences, hashes, least, per_class=None, seed=1):
     for label in range(len(least)):
         members = np.sort(first[labels[first] == label])
         kept[np.random.default_rng(seed).permutation(members)[:count]] = True
+
     funnel = {
         "unsure": len(labels) - len(sure),
         "duplicate": len(sure) - len(first),
@@ -554,18 +570,26 @@ def read_pairs(path, task):
     return pairs
 
 
-def train_labeller(args):
-    """Trains the labeller and writes the best by accuracy on validation.jsonl, or else on
-    args.validation training examples, with its tokenizer and the task, to args.out."""
-    out, folder, task = Path(args.out), Path(args.task), Task.load(args.task)
+def read_splits(folder, task, count, seed):
+    """The pairs of train.jsonl and those of validation.jsonl, or where there is none `count` of the
+    first for the second. Raises InputError where one is empty."""
     training, path = read_pairs(folder / "train.jsonl", task), folder / "validation.jsonl"
     if path.exists():
         validation = read_pairs(path, task)
     else:
-        np.random.default_rng(args.seed).shuffle(training)
-        training, validation = training[args.validation :], training[: args.validation]
+        np.random.default_rng(seed).shuffle(training)
+        training, validation = training[count:], training[:count]
+
     if not training or not validation:
         raise InputError(f"{folder}: nothing to train or to validate on; change --validation")
+    return training, validation
+
+
+def train_labeller(args):
+    """Trains the labeller and writes the best by accuracy on the validation examples, with its
+    tokenizer and the task, to args.out."""
+    out, task = Path(args.out), Task.load(args.task)
+    training, validation = read_splits(Path(args.task), task, args.validation, args.seed)
     try_place(out / "log.jsonl")
 
     torch.manual_seed(args.seed)  # of the classifier's new layer too
@@ -583,6 +607,7 @@ def train_labeller(args):
             bar.update()
             if not (stop or step % args.eval_every == 0 or step == total):
                 continue
+
             labels, _ = classify(model.eval(), tokenize, texts, 2 * args.batch_size)
             accuracy = float(np.mean(np.array(labels) == truths))
             log.append({"step": step, "accuracy": accuracy, "loss": 1 - accuracy})
@@ -592,12 +617,14 @@ def train_labeller(args):
                     model.save_pretrained(beside)
                     tokenizer.save_pretrained(beside)
                     task.save(beside)
+
             write_examples(out / "log.jsonl", log)
             save_arguments(out / "arguments.json", args)
             bar.set_postfix(accuracy=f"{accuracy:.3f}", best=f"{best['accuracy']:.3f}")
             if stop:
                 message = f"stopped at step {step:,}; {out} holds the best so far"
                 raise KeyboardInterrupt(f"{message}; --model {out} goes on from it")
+
             if out_of_patience(log, args.patience):
                 break
 
@@ -617,10 +644,12 @@ def pseudo_label(args):
     if len(task.fields) != 1 or len(args.confidence) not in (1, len(task.words)):
         message = f"--confidence takes 1 or {len(task.words)} values; a template, one field"
         raise InputError(f"{args.labeller}: {message}")
+
     corpus = read_corpus(args.corpus, args.unit, args.share)
     try_place(out / "examples.jsonl")
     if rank == 0:
         check_settings(out / "blocks" / "settings.json", args)
+
     wait_for_all(world)
     label_corpus(corpus, out / "blocks", task, args)
     wait_for_all(world)
@@ -652,6 +681,7 @@ def check_settings(path, args):
             message = "labelled from another corpus or with other flags; --restart begins anew"
             raise InputError(f"{path}: {message}")
         return
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 
@@ -707,6 +737,7 @@ def read_block(path, task):
             raise ValueError("its counts are no numbers")
         for example in examples:
             check_example(example, task)
+
     return examples, counts
 
 
@@ -733,6 +764,7 @@ def write_source(out, task, args):
     labelled = np.bincount(labels, minlength=len(task.words))
     for size, count, word in zip(sizes, labelled, task.words):
         print(f"{word}: {count:,} labelled, sure of {size:,} different texts")
+
     if 0 in sizes:
         empty = sizes.argmin()
         mend = "lower --confidence" if labelled[empty] else "give more text, or another labeller"
@@ -749,6 +781,7 @@ def write_source(out, task, args):
     write_json(out / "funnel.json", funnel)
     for fate, count in funnel.items():
         print(f"{count:14,} {fate}")
+
     print(
         f"wrote {out}: task.json and examples.jsonl, equally many of each of {len(task.words)} "
         "classes; blocks/ holds all that was labelled, to be balanced again"
@@ -821,6 +854,7 @@ def write_review(domain, grade, rng):
             said = min(4, max(0, grade + rng.choice([-1, 1])))
         words = own_words[said] if rng.random() < 0.6 else shared[said]
         remarks.append(rng.choice(FRAMES).format(aspect=aspect, word=rng.choice(words.split())))
+
     return f"{rng.choice(openings.split(', '))} . {' and '.join(remarks)} ."
 
 
@@ -859,6 +893,7 @@ def corrupt(ids, sentinels, rng, closing):
     sums the review up."""
     if closing:
         return ids[:-1] + [sentinels[0], 1], [sentinels[0], ids[-1], sentinels[1], 1]
+
     source, target = [], []
     i = used = 0
     while i < len(ids):
@@ -870,6 +905,7 @@ def corrupt(ids, sentinels, rng, closing):
         else:
             source.append(ids[i])
             i += 1
+
     return source + [1], target + [sentinels[used], 1]
 
 
@@ -908,6 +944,7 @@ def pretrain_demo_t5(texts, tokenizer, steps, rng, batch_size=64):
         loss.backward()
         optimizer.step()
         schedule.step()
+
     size = sum(p.numel() for p in t5.parameters()) / 1e6
     print(f"pre-trained a T5 of {size:.2f} million parameters; last loss {loss.item():.2f}")
     return t5.eval()
@@ -918,21 +955,28 @@ def write_demo(out, steps):
     tasks of domains that the source data has not, and for every script the arguments that suit
     this size."""
     rng = random.Random(0)
-    corpus = [review for domain in DOMAINS for review in write_reviews(domain, 1000, rng)]
-    texts = []
+    corpus, texts = [], []
+    for domain in DOMAINS:
+        corpus += write_reviews(domain, 1000, rng)
+
     for review in corpus:
         closing = f" it was {WORDS[5][review['label']]}" if rng.random() < 0.5 else ""
         texts.append(review["text"] + closing)
+
     tokenizer = demo_tokenizer(texts)
     t5 = pretrain_demo_t5(texts, tokenizer, steps, rng)
     t5.save_pretrained(out / "t5")
     tokenizer.save_pretrained(out / "t5")
 
-    source = [review for domain in SOURCE_DOMAINS for review in write_reviews(domain, 1000, rng)]
+    source = []
+    for domain in SOURCE_DOMAINS:
+        source += write_reviews(domain, 1000, rng)
+
     write_task(out / "source", Task("source", TEMPLATE, WORDS[5]), {"examples": source})
     for domain in TASK_DOMAINS:
         splits = {split: write_reviews(domain, 1000, rng) for split in ("train", "test")}
         write_task(out / domain, Task(domain, TEMPLATE, WORDS[5]), splits)
+
     for name, arguments in DEMO.items():
         write_json(out / f"{name}.json", arguments)
 
@@ -976,6 +1020,7 @@ def demo(out="demo", steps=1500, restart=False):
     out = Path(out)
     if not restart and (out / "source" / "clustered.jsonl").exists():  # what is written last
         return out
+
     print(
         f"Making the offline demo in {out}/: reviews written by a small grammar in {len(DOMAINS)} "
         "domains and a tiny T5 pre-trained on them.\nNothing is downloaded; it takes about a "
@@ -987,6 +1032,7 @@ def demo(out="demo", steps=1500, restart=False):
         write_demo(out, steps)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command makes the demo again from its beginning")
+
     return out
 
 
@@ -1058,6 +1104,7 @@ class Parser(argparse.ArgumentParser):
             if config:
                 self.prog += f" --config {config}"
                 argv = self.flags_of(config, argv) + argv
+
         args = self.parse_args(argv)
         if getattr(args, "threads", None):
             torch.set_num_threads(args.threads)
@@ -1065,6 +1112,7 @@ class Parser(argparse.ArgumentParser):
             torch.set_float32_matmul_precision(args.matmul)
         if getattr(args, "device", None) == "cuda" and "LOCAL_RANK" in os.environ:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
         return args
 
     def flags_of(self, config, argv):
@@ -1076,9 +1124,11 @@ class Parser(argparse.ArgumentParser):
             flag = f"--{name.replace('_', '-')}"
             if name not in known:
                 raise InputError(f"{config}: {self.prog} has no flag {flag}; remove it")
+
             given = any(arg == flag or arg.startswith(f"{flag}=") for arg in argv)
             if given or value is None or value is False:
                 continue
+
             values = value if isinstance(value, list) else [value]
             values = [str(one).replace("{here}", folder) for one in values]
             if value is True:
@@ -1087,6 +1137,7 @@ class Parser(argparse.ArgumentParser):
                 flags += [flag, *values]
             else:
                 flags.append(f"{flag}={values[0]}")
+
         return flags
 
     def error(self, message):
@@ -1212,6 +1263,7 @@ def provenance(device, *files):
         show = ["git", "rev-parse", "HEAD"]
         shown = subprocess.run(show, cwd=Path(__file__).parent, capture_output=True, text=True)
         commit = shown.stdout.strip() or None
+
     gpu = torch.device(device).type == "cuda"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {

@@ -70,17 +70,15 @@ def tune(
     weight_decay=0.0,
 ):
     """Trains the prompt [n, d] (Appendix A.4), or if `full` the whole T5 (A.1), on examples, and
-    leaves what was trained as it was at the best validation. A batch is worked on in `accumulate`
-    passes. Returns the prompt and the run's facts. Raises Diverged where no epoch's validation loss
-    is finite."""
+    leaves what was trained as it was at the best validation. Returns the prompt and the run's
+    facts. Raises Diverged where no epoch's validation loss is finite."""
     prompt = torch.nn.Parameter(prompt.clone())
     parameters = list(model.t5.requires_grad_(full).parameters()) if full else [prompt]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     batch, held_out = model.encode(training), list(encoded(model, validation))
     torch.manual_seed(seed)
-    total = max_epochs * math.ceil(len(training) / batch_size)
-    total = min(total, max_steps or total)
-
+    epochs = max_epochs * math.ceil(len(training) / batch_size)
+    total = min(epochs, max_steps or epochs)
     log, best, step, began = [], None, 0, time.time()
     while step < total and not out_of_patience(log, patience):
         model.t5.train(full)  # dropout, in full tuning only
@@ -101,9 +99,11 @@ def tune(
     if best is None:
         problem = f"no epoch's validation loss is finite at learning rate {learning_rate}"
         raise Diverged(f"{problem}; lower --learning-rate")
+
     with torch.no_grad():
         for parameter, value in zip(parameters, best):
             parameter.copy_(value)
+
     return prompt.detach(), course_of(log, time.time() - began)
 
 
@@ -135,6 +135,7 @@ def search(model, prompt, training, validation, rates=RATES, **settings):
             runs.append({**facts, "learning_rate": rate})
             if best_of(scores) == len(scores) - 1:
                 best = {name: weight.clone() for name, weight in model.t5.state_dict().items()}
+
     if not runs:
         raise Diverged(f"no epoch's validation loss is finite at any learning rate of {rates}")
 
@@ -235,7 +236,11 @@ def load_task(folder, t5, tokenizer, args):
     for shots, seed in itertools.product(args.shots, args.seeds):
         how = (args.validation_shots, args.balanced)
         draws[shots, seed] = data.few_shot(labels, shots, seed, *how)
-    wanted = {row for training, validation in draws.values() for row in training + validation}
+
+    wanted = set()
+    for training, validation in draws.values():
+        wanted.update(training, validation)
+
     lines = enumerate(data.read_examples(paths[0], model.task))
     found = {row: example for row, example in lines if row in wanted}
     splits = {}
@@ -248,6 +253,7 @@ def load_task(folder, t5, tokenizer, args):
     if args.max_test and args.max_test < len(test):  # always the same
         order = np.random.default_rng(0).permutation(len(test))
         test = [test[i] for i in order[: args.max_test]]
+
     print_test(model.task, test)
     test.sort(key=lambda example: sum(len(example[field]) for field in model.task.fields))
     made = data.provenance(args.device, *paths)
@@ -258,6 +264,7 @@ def print_test(task, test):
     """Prints how the test split is made up, which accuracy alone hides."""
     if data.rank_and_world()[0] > 0:
         return
+
     counts = Counter(example["label"] for example in test)
     shares = [f"{counts[label]:,} {word}" for label, word in enumerate(task.words)]
     largest = max(counts.values()) / len(test)
@@ -279,6 +286,7 @@ def list_runs(args, tasks):
             run |= {"prompt": prompt, "shots": shots, "seed": seed}
             row, _, _ = begin(run)
             runs.append({**run, "identity": identity(row)})
+
     return runs
 
 
@@ -335,6 +343,7 @@ def run_one(args, run, weights):
         how = {"template": model.task.template, "words": model.task.words}
         how |= {"accuracy": score["accuracy"]}
         save_prompt(saved_folder(args, run), tuned, model.t5, **row, **made, **how)
+
     row |= {fact: facts[fact] for fact in SOURCE_FACTS if fact in facts}
     row |= {"words": model.task.words, **score, **course, **made}
     tqdm.write(
@@ -345,6 +354,7 @@ def run_one(args, run, weights):
     )
     if args.confusion:
         print_confusion(row["words"], score["confusion"])
+
     return row
 
 
@@ -385,8 +395,10 @@ def predict(args):
             task = Task.load(args.task[0])
         else:
             task = Task(facts["task"], facts["template"], facts["words"])
+
     if args.out:
         data.try_place(args.out)
+
     t5, tokenizer = load_t5(args.model or facts["base_model"], args.device, args.dtype)
     model = PromptedT5(t5, tokenizer, task, max_length)
     prompt = load_prompt(args.prompt[0], t5.config.d_model)[0].to(model.device)
@@ -399,6 +411,7 @@ def predict(args):
 
     for example in examples:
         example.pop("label", None)
+
     counts = Counter()
     for start in range(0, len(examples), 64):
         some = examples[start : start + 64]
@@ -408,6 +421,7 @@ def predict(args):
             example["word"] = task.words[example["label"]]
             example["probabilities"] = {w: round(value, 4) for w, value in zip(task.words, p)}
             counts[example["word"]] += 1
+
     if args.out:
         data.write_examples(args.out, examples)
         shares = [f"{count:,} {word}" for word, count in counts.items()]
@@ -463,6 +477,7 @@ def read_results(path):
     results, number = {}, 0
     if not path.exists():
         return []
+
     with blame(lambda: f"{path}:{number}", "not a line of results: remove it", TypeError):
         for number, line in data.numbered_lines(path):
             row = parse_json(line)
@@ -472,6 +487,7 @@ def read_results(path):
             if not 0 <= row["accuracy"] <= 1 or not isinstance(row["settings"]["model"], str):
                 raise ValueError("the accuracy is no share or the model no name")
             results[identity(row)] = row
+
     return list(results.values())
 
 
@@ -534,6 +550,7 @@ def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
         seed = row["seed"] if "prompt" in keys else (row["prompt"], row["seed"])
         line = lines.setdefault(name, {})
         line.setdefault(row["task"], {})[seed] = 100 * row["accuracy"]
+
     return dict(sorted(lines.items(), key=lambda line: line[0][:2]))
 
 
@@ -601,15 +618,18 @@ def gain_table(results, against):
         others = [n for n in lines if n[:2] == name[:2] and against in n[2:]]
         if not others or others[0] == name:
             return "-"
+
         ours, theirs = lines[name][task], lines[others[0]].get(task, {})
         gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
         if len(gains) < 2:
             return "-"
+
         mean, deviation, count = spread(gains)
         half = stats.t.ppf(0.975, count - 1) * deviation / count**0.5
         text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
         if half < abs(mean):
             text = f"**{text}**"
+
         return text if count == 5 else f"{text} ({count})"
 
     return fill_table(results, cell)
@@ -648,6 +668,7 @@ def print_report(args):
     results = read_results(Path(args.report))
     if not results:
         raise InputError(f"{args.report}: no results here; finetune.py --out writes them")
+
     form = "accuracy in points, mean ± sample standard deviation over five seeds, or over (so many)"
     print_table(f"Table 1: {form}.", score_table(results, TABLE_1))
     print(LEGEND)
@@ -656,17 +677,22 @@ def print_report(args):
     for row in results:
         if row["method"] == "maml" and row.get("clustering"):
             clustered.append({**row, "method": f"{row['clustering']} clusters"})
+
     if len({row["method"] for row in clustered}) > 1:
         baseline = [row for row in results if row["method"] == "ppt"]
         print_table(f"Table 2: {form}.", score_table(clustered + baseline, TABLE_2))
 
     lines = table_lines(results)
-    names = [part for name in lines for part in name[2:] if part]
+    names = []
+    for _, _, method, details in lines:
+        names += filter(None, [method, details])
+
     prompts = [name[3] for name in lines if name[2] == "MetaPT"]
     against = args.against or (prompts or names)[0]
     if against not in names:
         known = ", ".join(dict.fromkeys(names))
         raise InputError(f"{args.report}: no {against} to compare with, only {known}")
+
     title = (
         f"Against {against}: mean difference in points, paired over the seeds, with its 95 % t "
         "interval; bold where that leaves out 0."
@@ -675,6 +701,7 @@ def print_report(args):
     if args.confusion:
         with blame(args.report, "run them again for --confusion"):
             print_confusions(results)
+
     if args.figure:
         data.save_figure(args.figure, plot(curves(results, args.x), args.x))
 
@@ -690,9 +717,11 @@ def curves(results, x):
         _, at, method, details = name
         label = f"{method}, {details}" if details else method
         found.setdefault(label, {})[at] = tasks
+
     found = {name: curve for name, curve in found.items() if len(curve) > 1}
     if not found:
         raise InputError(f"no method was run with more than one value of {x}: nothing to plot")
+
     return found
 
 
@@ -706,6 +735,7 @@ def plot(curves, x):
         ticks.update(curve)
         for tasks in curve.values():
             names.update(dict.fromkeys(tasks))
+
     ticks = sorted(ticks)
     labels = {"shots": "training examples", "source_size": "source examples"}
     figure = Figure(figsize=(1 + 4 * len(names), 4.5), layout="constrained")
@@ -724,6 +754,7 @@ def plot(curves, x):
         panel.set_xticks(ticks, [f"{at:,}" for at in ticks], rotation=rotation)
         panel.minorticks_off()
         panel.set(title=task, xlabel=labels.get(x, x))
+
     panels[0].set_ylabel("accuracy in points")
     handles, columns = panels[0].get_legend_handles_labels(), min(3, 2 * len(names))
     figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False)
@@ -805,6 +836,7 @@ def main(argv=None):
         parser.error(
             "--dtype bfloat16 is for a frozen T5: full tuning's small steps are lost in it"
         )
+
     args.out = args.out or "results.jsonl"
     args.model = args.model or data.MODEL
     run_all(args)

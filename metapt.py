@@ -66,6 +66,7 @@ class Task:
             raise InputError(
                 f"task {self.name}: name and template must be strings, and words a list of strings"
             )
+
         if "/" in self.name:
             raise InputError(f"task {self.name}: the name must not hold a slash")
 
@@ -73,11 +74,13 @@ class Task:
             fields = self._replaced()
         except ValueError as error:
             raise InputError(f"task {self.name}: template {self.template!r} is broken: {error}")
+
         if fields.count("mask") != 1 or "" in fields or len(fields) < 2:
             raise InputError(
                 f"task {self.name}: the template {self.template!r} must hold {{mask}} once and a "
                 "field of the examples, as '{text} It was {mask}' does"
             )
+
         if len(self.words) < 2 or len(set(self.words)) < len(self.words):
             raise InputError(
                 f"task {self.name}: the words {self.words} must be two or more, all different"
@@ -128,6 +131,7 @@ class PromptedT5(torch.nn.Module):
         super().__init__()
         if not isinstance(t5, T5ForConditionalGeneration):
             raise InputError(f"{type(t5).__name__} is no T5ForConditionalGeneration; give a T5")
+
         self.t5 = t5.requires_grad_(False).eval()
         for block in t5.decoder.block:
             block.layer[1].EncDecAttention.__class__ = CrossAttention
@@ -141,6 +145,7 @@ class PromptedT5(torch.nn.Module):
                 f"the tokenizer of {t5.config._name_or_path} has no {MASK}, no <pad> or no </s>, "
                 "or more pieces than the model knows; give the model's own"
             )
+
         self.special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
         pieces = [self._pieces(word) for word in task.words]
@@ -150,6 +155,7 @@ class PromptedT5(torch.nn.Module):
                     f"task {task.name}: the word {word!r} is not one piece of the tokenizer, its "
                     f"own, but {tokenizer.convert_ids_to_tokens(ids)}; choose another word"
                 )
+
         start_id = t5.config.decoder_start_token_id
         start_id = t5.config.pad_token_id if start_id is None else start_id
         word_ids = torch.tensor(pieces)[:, 0]
@@ -188,6 +194,7 @@ class PromptedT5(torch.nn.Module):
             if not set(labels) <= set(range(len(self.task.words))):
                 raise InputError(f"labels {labels} are not all indices of {self.task.words}")
             batch["labels"] = torch.tensor(labels)
+
         return batch
 
     def _fill(self, example):
@@ -216,6 +223,7 @@ class PromptedT5(torch.nn.Module):
                     f"{self.max_length} tokens; raise --max-length"
                 )
             longest.pop()
+
         return sum(parts, []) + [self.tokenizer.eos_token_id]
 
     def _pieces(self, text, before=" "):
@@ -232,9 +240,11 @@ class PromptedT5(torch.nn.Module):
         piece = marked.removeprefix(NEW_WORD)
         if not piece:
             return ids[1:]
+
         inner = self.tokenizer.convert_tokens_to_ids(piece)
         if inner in (None, self.tokenizer.unk_token_id):
             return ids
+
         return [inner] + ids[1:]
 
     def forward(self, prompt, batch):
@@ -359,6 +369,7 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
     tasks = len(supports)
     if len(queries) != tasks:
         raise InputError(f"{tasks} supports and {len(queries)} queries: a task has one of each")
+
     tasks_per_pass = tasks_per_pass or max(1, tasks)
     gradient, total = torch.zeros_like(prompt), prompt.new_zeros(())
     for start in range(0, tasks, tasks_per_pass):
@@ -370,6 +381,7 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
         (per_task,) = torch.autograd.grad(loss, P)  # through P'_i, so through Equation 1's gradient
         gradient += per_task.sum(0)
         total += loss.detach()
+
     return gradient, total
 
 
@@ -404,14 +416,18 @@ def summed_loss(model, prompts, batches):
         own = torch.stack([P[i] for i in task[rows]])
         losses = model.loss(own, select(batch, rows), reduction="none")
         total = total + (losses / sizes[task[rows]].to(losses.device)).sum()
+
     return total
 
 
 def join(batches, pad_id):
     """Several batches as one, their rows in order, padded to the longest."""
-    ids = [row for batch in batches for row in batch["input_ids"]]
-    masks = [row for batch in batches for row in batch["attention_mask"]]
-    return {**pad(ids, masks, pad_id), "labels": torch.cat([batch["labels"] for batch in batches])}
+    ids, masks, labels = [], [], []
+    for batch in batches:
+        ids += batch["input_ids"].unbind()
+        masks += batch["attention_mask"].unbind()
+        labels.append(batch["labels"])
+    return {**pad(ids, masks, pad_id), "labels": torch.cat(labels)}
 
 
 def pad(ids, masks, pad_id):
@@ -451,6 +467,7 @@ class CrossAttention(T5Attention):
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         elif mask is not None:
             scores = scores + mask
+
         a = F.dropout(scores.softmax(-1), self.dropout, self.training)
         a = (a.flatten(1, 2) @ E).unflatten(1, (self.n_heads, -1))
         return self.o(torch.einsum("bhqd,hkd->bqhk", a, V).flatten(2)), position_bias, None
@@ -494,6 +511,7 @@ def load_t5(name, device="cpu", dtype="float32"):
         weights = {"use_safetensors": True, "dtype": getattr(torch, dtype)}
         t5 = T5ForConditionalGeneration.from_pretrained(name, **weights)
         tokenizer = AutoTokenizer.from_pretrained(name)
+
     return t5.to(device), tokenizer
 
 
@@ -549,6 +567,7 @@ def load_prompt(folder, width=None):
         raise InputError(
             f"{folder}: a prompt of width {prompt.shape[1]} for {base}; this model needs {width}"
         )
+
     return prompt.float(), {**facts, "base_model": base}
 
 

@@ -57,6 +57,7 @@ def split_clusters(examples, validation, m, seed):
     clusters = {}
     for example in examples:
         clusters.setdefault(example.get("cluster", 0), []).append(example)
+
     count = max(validation // len(clusters), m + 1)
 
     tasks, held_out = [], []
@@ -71,6 +72,7 @@ def split_clusters(examples, validation, m, seed):
         np.random.default_rng(seed).shuffle(members)
         tasks.append(members[count:])
         held_out.append(members[:count])
+
     return tasks, held_out
 
 
@@ -127,6 +129,7 @@ def validate(model, prompt, held_out, alpha):
         adapted = prompt if support is None else adapt(model, prompt, support, alpha).detach()
         score = model.evaluate(adapted, batches)
         scores.append([score[name] for name in names])
+
     return dict(zip(names, np.mean(scores, axis=0).tolist()))
 
 
@@ -151,13 +154,13 @@ def train(args):
             f"{best['accuracy']:.1%} (at the start {log[0]['accuracy']:.1%})"
             + ("; no step of this run was better than its start" if best is log[0] else "")
         )
+
     return best
 
 
 def learn(args, model, tasks, held_out, facts):
-    """The outer loop, from where the checkpoint in args.out stands; returns the last step and the
-    log of evaluations. Under torchrun every process works on its share of a step's meta-tasks, or
-    of PPT's batch."""
+    """The outer loop, from where the checkpoint stands; returns the last step and the log. Under
+    torchrun every process works on its share of a step's meta-tasks, or of PPT's batch."""
     out, m, (rank, world) = Path(args.out), args.batch_size, data.rank_and_world()
     max_steps, first = limits(args, tasks)
     prompt = torch.nn.Parameter(start_prompt(model, args))
@@ -173,18 +176,19 @@ def learn(args, model, tasks, held_out, facts):
     bar = tqdm(None, args.method, max_steps, initial=step, disable=rank > 0 or None)
     with data.StopSignal() as stop, bar:
         while True:
-            ended = step >= max_steps
-            due = step % args.eval_every == 0 or ended
-            if due and not (log and log[-1]["step"] == step):
+            ended, evaluated = step >= max_steps, log and log[-1]["step"] == step
+            if not evaluated and (ended or step % args.eval_every == 0):
                 score = validate(model, prompt.detach(), held_out, args.alpha)
                 log.append({"step": step, **shared_mean(score, prompt)})
                 if best_of(log) == len(log) - 1:
                     best = prompt.detach().clone()
                 bar.set_postfix(accuracy=f"{log[-1]['accuracy']:.3f}")
                 save(out, prompt, optimizer, step, log, best, model.t5, facts)
+
             if stopped:
                 save(out, prompt, optimizer, step, log, best, model.t5, facts)
                 raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {data.CONTINUES}")
+
             if ended or out_of_patience(log, args.patience, first):
                 return step, log
 
@@ -196,6 +200,7 @@ def learn(args, model, tasks, held_out, facts):
             else:
                 supports, queries = draw(tasks, m, args.seed, step)
                 drawn = encode_all(model, supports[rank::world], queries[rank::world])
+
             gradient, loss = gradient_of(args, model, prompt, drawn)
             gradient, loss, stopped = all_reduce(gradient, loss, torch.tensor(float(bool(stop))))
             check_finite(args, model, prompt, drawn, step, gradient, loss)
@@ -258,6 +263,7 @@ def check_finite(args, model, prompt, drawn, step, gradient, loss):
     meta-task of this process for which that is so, and its examples."""
     if gradient.isfinite().all() and loss.isfinite():
         return
+
     problem, (rank, world) = "a loss or a gradient is not finite", data.rank_and_world()
     tasks = [] if args.method == "ppt" else zip(*drawn)
     for i, batches in enumerate(tasks):
@@ -269,6 +275,7 @@ def check_finite(args, model, prompt, drawn, step, gradient, loss):
                 f"the loss or gradient of meta-task {rank + i * world} is not finite on {text!r}"
             )
             break
+
     raise InputError(
         f"step {step:,}: {problem}; {args.out} keeps the best prompt so far; lower --alpha or "
         "--learning-rate and give --restart"
@@ -282,10 +289,12 @@ def read_source(args, task):
     if args.source_size and args.source_size < len(examples):  # Figure 3a
         order = np.random.default_rng(args.seed).permutation(len(examples))
         examples = [examples[i] for i in order[: args.source_size]]
+
     clustered = all("cluster" in example for example in examples)
     if not examples or args.method != "ppt" and not clustered:
         mend = f"make them with cluster.py --source {args.source}"
         raise InputError(f"{args.source}: no clusters, or not for every line; {mend}")
+
     try:
         tasks, held_out = split_clusters(examples, args.validation, args.batch_size, args.seed)
     except InputError as error:
@@ -308,6 +317,7 @@ def read_source(args, task):
             f"{sum(map(len, held_out)):,} others validate",
             flush=True,
         )
+
     return [sum(tasks, [])] if args.method == "ppt" else tasks, held_out, facts
 
 
@@ -333,6 +343,7 @@ def check_arguments(path, args):
     before = {}
     if path.exists() and not args.restart:
         before = read_json(path, "--restart begins anew")
+
     args.threads = args.threads or before.get("threads") or torch.get_num_threads()
     free = {"config", "restart", "device", "tasks_per_pass", "search"}
     more = {"patience"} if args.method == "ppt" else {"patience", "max_steps"}
@@ -345,6 +356,7 @@ def check_arguments(path, args):
                 f"{path}: this run began with {flag} {before.get(name)}, not {value}; give it "
                 "again, another --out or --restart"
             )
+
     with blame(path, "--restart begins anew", TypeError, RuntimeError):
         torch.set_num_threads(args.threads)
 
@@ -356,9 +368,11 @@ def save(out, prompt, optimizer, step, log, best, t5, facts):
         raise InputError(f"step {step:,}: the validation loss is not finite; give another model")
     if data.rank_and_world()[0] > 0:
         return
+
     tensors = {"prompt": prompt.detach(), "best": best}
     for name, value in optimizer.state_dict()["state"].get(0, {}).items():
         tensors[f"optimizer.{name}"] = value
+
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     state = {"step": step, "log": log, "digests": facts["digests"]}
     header = {"facts": json.dumps(state)}
@@ -378,31 +392,40 @@ def load_checkpoint(out, prompt, optimizer, facts, restart):
     path = out / "checkpoint.safetensors"
     if restart or not path.exists():
         return 0, [], None
+
     with blame(path, "--restart begins anew", TypeError, RuntimeError, AttributeError):
         with safe_open(path, "pt") as file:
             header = parse_json(file.metadata()["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+
         step, log = header["step"], header["log"]
         for line in log:
             if type(step) is not int or line["step"] > step or not 0 <= line["accuracy"] <= 1:
                 raise ValueError("its log does not fit its step")
+
         if not log or tensors["prompt"].shape != prompt.shape:
             raise ValueError("it holds no evaluation, or a prompt of another shape")
+
         state = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 state[name.removeprefix("optimizer.")] = tensor
+
         with torch.no_grad():
             prompt.copy_(tensors["prompt"])
+
         best = torch.empty_like(prompt).copy_(tensors["best"]).detach()
         everything = {**optimizer.state_dict(), "state": {0: state} if state else {}}
         optimizer.load_state_dict(everything)
+
     if header.get("digests") != facts["digests"]:
         source = facts["arguments"]["source"]
         message = f"not the data that the run in {out} began with; another --out or --restart"
         raise InputError(f"{source}: {message}")
+
     if data.rank_and_world()[0] == 0:
         print(f"continues {out} from step {step:,}", flush=True)
+
     return step, log, best
 
 
@@ -414,6 +437,7 @@ def search(args):
         folders.append(Path(args.out) / f"alpha{alpha}-beta{beta}")
         run = {"alpha": alpha, "learning_rate": beta, "out": str(folders[-1])}
         scores.append(train(argparse.Namespace(**{**vars(args), **run})))
+
     best = best_of(scores)
     if data.rank_and_world()[0] == 0:
         for name in ("adapter_model.safetensors", "adapter_config.json", "metapt.json"):
