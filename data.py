@@ -198,8 +198,8 @@ def few_shot(labels, shots, seed, validation_shots=None, balanced=False):
     validation_shots = shots if validation_shots is None else validation_shots
     if shots + validation_shots > len(labels):
         raise InputError(
-            f"{shots} + {validation_shots} examples cannot be drawn from the {len(labels)} of "
-            "train.jsonl; lower --shots"
+            f"{shots} + {validation_shots} examples to train and to validate on cannot be drawn from "
+            f"{len(labels)}; lower --shots"
         )
 
     order = np.random.default_rng(seed).permutation(len(labels))

@@ -227,15 +227,18 @@ def load_task(folder, t5, tokenizer, args):
     model = PromptedT5(t5, tokenizer, Task.load(folder), args.max_length)
     paths = [folder / "train.jsonl", folder / "test.jsonl"]
     if not paths[1].exists():
-        message = "data.py convert needs the official test file, or --test-share 0.3"
-        raise InputError(f"{paths[1]}: no such file; {message}")
+        mend = "write one as train.jsonl is; data.py convert takes the official one or --test-share"
+        raise InputError(f"{paths[1]}: no such file; {mend}")
 
     examples = data.read_examples(paths[0], model.task)
     labels = np.fromiter((example["label"] for example in examples), dtype=np.int64)
     draws = {}
     for shots, seed in itertools.product(args.shots, args.seeds):
         how = (args.validation_shots, args.balanced)
-        draws[shots, seed] = data.few_shot(labels, shots, seed, *how)
+        try:
+            draws[shots, seed] = data.few_shot(labels, shots, seed, *how)
+        except InputError as error:
+            raise InputError(f"{paths[0]}: {error}")
 
     wanted = set()
     for training, validation in draws.values():
@@ -585,7 +588,7 @@ def score_table(results, paper):
 
     def cell(lines, name, task):
         mean, deviation, count = spread(lines[name][task].values())
-        text = f"{mean:.2f} ± {deviation:.2f}"
+        text = f"{mean:.2f} ± {deviation:.2f}" if count > 1 else f"{mean:.2f}"
         if mean == best[name[0], name[1], task]:
             text = f"**{text}**"
         if count != 5:

@@ -66,7 +66,7 @@ def split_clusters(examples, validation, m, seed):
         if len(members) < count + 2 * m:
             raise InputError(
                 f"cluster {name} has {len(members)} examples; {2 * m} to train and {count} to "
-                "validate are needed: lower --k of cluster.py or --validation, or raise "
+                "validate are needed: lower --validation or --k of cluster.py, or raise "
                 "--source-size"
             )
         np.random.default_rng(seed).shuffle(members)
@@ -418,10 +418,11 @@ def load_checkpoint(out, prompt, optimizer, facts, restart):
         everything = {**optimizer.state_dict(), "state": {0: state} if state else {}}
         optimizer.load_state_dict(everything)
 
-    if header.get("digests") != facts["digests"]:
-        source = facts["arguments"]["source"]
-        message = f"not the data that the run in {out} began with; another --out or --restart"
-        raise InputError(f"{source}: {message}")
+    before = header.get("digests", {})
+    for file, digest in facts["digests"].items():
+        if before.get(file) != digest:
+            message = f"not the file that the run in {out} began with"
+            raise InputError(f"{file}: {message}; give another --out or --restart")
 
     if data.rank_and_world()[0] == 0:
         print(f"continues {out} from step {step:,}", flush=True)
