@@ -510,6 +510,7 @@ def read_corpus(paths, unit, share=1.0):
 
 
 def read_documents(path):
+    """Yields the documents of one corpus file; None stands for no text. Raises InputError."""
     # A TypeError comes from tarfile, where a gzip header is cut off.
     with blame(path, "give the whole file", TypeError, *BROKEN):
         if tarfile.is_tarfile(path):

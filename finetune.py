@@ -362,6 +362,7 @@ def run_one(args, run, weights):
 
 
 def warn_of_one_class(task, training, run):
+    """Prints a warning where a run's training examples are all of one class."""
     labels = {example["label"] for example in training}
     if len(labels) == 1:
         word = task.words[labels.pop()]

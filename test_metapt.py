@@ -1245,6 +1245,9 @@ def test_a_run_goes_on_with_its_own_arguments_only(world, tmp_path):
         with pytest.raises(InputError, match=f"began with --{name} {before}, not {value}"):
             learn(world, tmp_path / "run", **{name: value})
     learn(world, tmp_path / "run", alpha=0.3, restart=True)
+    (tmp_path / "run" / "arguments.json").write_text("{}")
+    with pytest.raises(InputError, match="began with --source None"):
+        learn(world, tmp_path / "run", alpha=0.3)
 
 
 def test_a_run_goes_on_with_its_own_number_of_threads(world, tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -340,15 +339,13 @@ def check_arguments(path, args):
     """Sets the number of threads: that of the run that would be continued, whose digits depend on
     it. Raises InputError where that run had other arguments. More steps are no others, but for PPT,
     whose schedule knows its end; nor is more patience."""
-    before = {}
-    if path.exists() and not args.restart:
-        before = read_json(path, "--restart begins anew")
-
+    begun = path.exists() and not args.restart
+    before = read_json(path, "--restart begins anew") if begun else {}
     args.threads = args.threads or before.get("threads") or torch.get_num_threads()
     free = {"config", "restart", "device", "tasks_per_pass", "search"}
     more = {"patience"} if args.method == "ppt" else {"patience", "max_steps"}
     for name, value in vars(args).items():
-        known = before.get(name, value)
+        known = before.get(name) if begun else value
         longer = name in more and isinstance(known, int) and value >= known
         if name not in free and value != known and not longer:
             flag = f"--{name.replace('_', '-')}"
@@ -379,10 +376,8 @@ def save(out, prompt, optimizer, step, log, best, t5, facts):
     out.mkdir(parents=True, exist_ok=True)
     write_beside(out / "checkpoint.safetensors", lambda path: save_file(tensors, path, header))
     data.write_examples(out / "log.jsonl", log)
-    score = log[best_of(log)]
-    start = log[0]["accuracy"]
-    facts = {**facts, "step": score["step"], "accuracy": score["accuracy"]}
-    save_prompt(out, best, t5, **facts, loss=score["loss"], start_accuracy=start)
+    score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
+    save_prompt(out, best, t5, **facts, **score, start_accuracy=log[0]["accuracy"])
 
 
 def load_checkpoint(out, prompt, optimizer, facts, restart):
