@@ -5,12 +5,14 @@ out. From top to bottom:
     Examples              JSON lines, task folders, the few-shot split of Section 5.1
     Readers               one for each dataset of Appendix C
     Pseudo-labels         Section 4.1: a labeller, a corpus, what is kept of it
+    A small T5            where T5-base cannot be had: pre-trained from nothing
     The offline demo      reviews written by a grammar, and a tiny T5 pre-trained on them
     The command line      the same for every script; then this one's own
 
     python data.py convert yelp5 --input yelp_review_full_csv.tgz --out tasks/yelp5   # or another
     python data.py labeller --task tasks/yelp5 --out labeller           # RoBERTa, for pseudo-labels
     python data.py pseudo-label --labeller labeller --corpus openwebtext.tar.xz --out source
+    python data.py pretrain --corpus reviews.jsonl --task tasks/imdb --out t5     # a small T5
     python data.py demo                                                 # the offline demo, in demo/
 
 A task is a folder: task.json (the template and the words), train.jsonl, test.jsonl and, where the
@@ -46,6 +48,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
@@ -55,14 +58,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers.optimization import Adafactor
 from transformers.utils import logging as transformers_logging
 
-from metapt import InputError, Task, best_of, blame, first_line, linear_schedule, out_of_patience
-from metapt import parse_json, read_json, write_beside, write_json
+from metapt import NEW_WORD, InputError, PromptedT5, Task, best_of, blame, first_line
+from metapt import linear_schedule, out_of_patience, parse_json, read_json, write_beside, write_json
 
 transformers_logging.disable_progress_bar()  # the scripts have their own
 
@@ -563,20 +578,12 @@ def in_batches(tokenizer, max_length):
     return partial(tokenizer, return_tensors="pt", **cut)
 
 
-def read_pairs(path, task):
-    """[(text, label)] of a file of examples."""
-    pairs = []
-    for example in read_examples(path, task):
-        pairs.append((" ".join(example[field] for field in task.fields), example["label"]))
-    return pairs
-
-
 def read_splits(folder, task, count, seed):
-    """The pairs of train.jsonl and those of validation.jsonl, or where there is none `count` of the
-    first for the second. Raises InputError where one is empty."""
-    training, path = read_pairs(folder / "train.jsonl", task), folder / "validation.jsonl"
+    """The examples of train.jsonl and those of validation.jsonl, or where there is none `count` of
+    the first for the second. Raises InputError where one is empty."""
+    training, path = list(read_examples(folder / "train.jsonl", task)), folder / "validation.jsonl"
     if path.exists():
-        validation = read_pairs(path, task)
+        validation = list(read_examples(path, task))
     else:
         np.random.default_rng(seed).shuffle(training)
         training, validation = training[count:], training[:count]
@@ -584,6 +591,12 @@ def read_splits(folder, task, count, seed):
     if not training or not validation:
         raise InputError(f"{folder}: nothing to train or to validate on; change --validation")
     return training, validation
+
+
+def in_pairs(examples, task):
+    """[(text, label)] of examples."""
+    texts = [" ".join(example[field] for field in task.fields) for example in examples]
+    return [(text, example["label"]) for text, example in zip(texts, examples)]
 
 
 def train_labeller(args):
@@ -597,7 +610,8 @@ def train_labeller(args):
     shape = {"num_labels": len(task.words), "ignore_mismatched_sizes": True}
     model, tokenizer = load_classifier(args.model, args.device, **shape)
     tokenize = in_batches(tokenizer, args.max_length)
-    texts, truths = zip(*validation)
+    training = in_pairs(training, task)
+    texts, truths = zip(*in_pairs(validation, task))
     total = args.max_steps or args.max_epochs * math.ceil(len(training) / args.batch_size)
     rates = {"learning_rate": args.learning_rate, "warmup": args.warmup}
     steps = train_classifier(model, tokenize, training, total, batch_size=args.batch_size, **rates)
@@ -789,6 +803,355 @@ def write_source(out, task, args):
     )
 
 
+# ---------------------------------- A small T5 from nothing, where none of the paper's size can run
+
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+
+
+def learn_tokenizer(texts, words, size):
+    """A tokenizer of T5's kind, with about `size` lower-cased pieces (Unigram) learned from texts,
+    </s> at the end and a hundred sentinels. Each of `words` is one piece of it."""
+    tokenizer = Tokenizer(models.Unigram())
+    lower = [normalizers.NFKC(), normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(lower)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    how = {"vocab_size": size, "special_tokens": special, "unk_token": "<unk>"}
+    tokenizer.train_from_iterator(texts, trainers.UnigramTrainer(**how, show_progress=False))
+
+    # A word that was cut becomes a piece, more probable than any cut of it.
+    state = json.loads(tokenizer.to_str())
+    scores = dict(map(tuple, state["model"]["vocab"]))
+    for word in words:
+        piece = NEW_WORD + word.lower()
+        scores[piece] = max(scores.get(piece, -6.0), -6.0)
+
+    state["model"]["vocab"] = list(scores.items())
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.decoder = decoders.Metaspace()
+    end = [("</s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=SENTINELS,
+    )
+
+
+def corrupt(ids, sentinels, rng, density=0.15, mean_length=3):
+    """T5's span corruption of two token ids or more: (input ids, target ids). Spans of three tokens
+    on average, 15 % of all, are lost; a sentinel stands for each, and the target spells them out.
+    """
+    lost = min(max(round(density * len(ids)), 1), len(ids) - 1)
+    spans = min(max(round(lost / mean_length), 1), len(ids) - lost)
+    source, target, at = [], [], 0
+    lengths = zip(
+        sentinels, split_at_random(len(ids) - lost, spans, rng), split_at_random(lost, spans, rng)
+    )
+    for sentinel, keep, lose in lengths:
+        source += [*ids[at : at + keep], sentinel]
+        target += [sentinel, *ids[at + keep : at + keep + lose]]
+        at += keep + lose
+
+    return source + [1], target + [sentinels[spans], 1]
+
+
+def split_at_random(total, parts, rng):
+    """`parts` lengths of at least one that make up `total`."""
+    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff([0, *cuts.tolist(), total]).tolist()
+
+
+def word_runs(text, length=8):
+    """Every run of `length` words in a text, without case, punctuation and the spaces that treebanks
+    have in "do n't"; of a shorter text the whole."""
+    text = re.sub(r" (?=n't|')", "", text.lower()).replace("'", "")
+    words = re.findall(r"\w+", text)
+    return {" ".join(words[i : i + length]) for i in range(max(len(words) - length, 0) + 1)}
+
+
+def draw_windows(stream, count, sentinels, longest, rng):
+    """`count` windows cut out of a stream of token ids at random, of all lengths up to `longest`,
+    as a batch for T5: input_ids, attention_mask and labels."""
+    pairs = []
+    for _ in range(count):
+        length = int(rng.integers(4, longest + 1))
+        start = int(rng.integers(len(stream) - length + 1))
+        pairs.append(corrupt(stream[start : start + length].tolist(), sentinels, rng))
+
+    inputs, targets = ([torch.tensor(row) for row in rows] for rows in zip(*pairs))
+    inputs, targets = pad_sequence(inputs, True, 0), pad_sequence(targets, True, -100)
+    return {"input_ids": inputs, "attention_mask": (inputs != 0).long(), "labels": targets}
+
+
+def draw_labelled(by_class, fields, count, rng):
+    """`count` examples, every class as likely as another. A quarter of them keep only one to three
+    sentences of each field: downstream texts are short."""
+    drawn = []
+    for _ in range(count):
+        members = by_class[rng.integers(len(by_class))]
+        example = members[rng.integers(len(members))]
+        if rng.random() < 0.25:
+            parts = {field: excerpt(example[field], rng) for field in fields}
+            example = {**example, **parts}
+        drawn.append(example)
+
+    return drawn
+
+
+def excerpt(text, rng):
+    """One to three sentences of a text."""
+    sentences = [part for part in re.split(UNITS["sentence"], text) if part.strip()]
+    count = int(rng.integers(1, 4))
+    start = int(rng.integers(max(len(sentences) - count, 0) + 1))
+    return " ".join(sentences[start : start + count])
+
+
+def pretrain(t5, draw, optimizer, steps, rate, dtype):
+    """Trains a T5 by span corruption and, as T5's own pre-training did, by tasks too: by the
+    objective of Section 3, without a prompt. draw(step) gives a batch of windows, a PromptedT5
+    around this T5, and a batch of its task's examples; rate(step) the learning rate. Yields each
+    step's two losses and its number of tokens."""
+    nothing = torch.zeros(0, t5.config.d_model, device=t5.device)
+    for step in steps:
+        windows, model, labelled = draw(step)
+        optimizer.param_groups[0]["lr"] = rate(step)
+        with torch.autocast(t5.device.type, dtype, enabled=dtype != torch.float32):
+            batch = {name: rows.to(t5.device) for name, rows in windows.items()}
+            span_loss = t5(**batch, use_cache=False).loss
+            label_loss = model.loss(nothing, labelled)
+        (span_loss + label_loss).backward()
+        torch.nn.utils.clip_grad_norm_(t5.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens = windows["input_ids"].numel() + labelled["input_ids"].numel()
+        yield span_loss.item(), label_loss.item(), tokens
+
+
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files, continuing
+
+
+def pretrain_t5(args):
+    """Pre-trains a small T5 on a corpus and on labelled tasks, and writes it to args.out in the form
+    in which any T5 is loaded. A step's draws depend on the seed and the step's number alone, so that
+    a continued run does what an uninterrupted one would have done. Raises InputError."""
+    out, tasks = Path(args.out), [Task.load(folder) for folder in args.task]
+    try_place(out / "config.json")
+    check_arguments(out / "arguments.json", args)
+    save_arguments(out / "arguments.json", args)
+    excluded, splits = runs_of_tasks(args.exclude or []), []
+    for folder, task in zip(args.task, tasks):
+        pair = read_splits(Path(folder), task, args.validation, args.seed)
+        text = lambda example: " ".join(example[field] for field in task.fields)
+        splits.append([list(apart(examples, text, excluded, folder)) for examples in pair])
+
+    words = [word for task in tasks for word in task.words]
+    tokenizer, stream, held_out = tokens_of(args, out, words, excluded)
+    t5 = new_t5(args, len(tokenizer)).to(args.device)
+    models = [PromptedT5(t5, tokenizer, task, args.max_length) for task in tasks]
+    t5.requires_grad_(True)  # which PromptedT5 has frozen
+    optimizer = Adafactor(t5.parameters(), args.learning_rate, beta1=0.9, relative_step=False)
+    files = [Path(folder) / "train.jsonl" for folder in args.task]
+    digests = provenance(args.device, *files)["digests"]
+    step, log = load_pretraining(out, t5, optimizer, digests, args.restart)
+
+    sentinels = tokenizer.convert_tokens_to_ids(SENTINELS)
+    by_class = [classes_of(training) for training, _ in splits]
+    windows = partial(draw_windows, sentinels=sentinels, longest=args.max_length)
+
+    def draw(step):
+        rng, i = np.random.default_rng([args.seed, step]), step % len(tasks)
+        examples = draw_labelled(by_class[i], tasks[i].fields, args.labelled, rng)
+        return windows(stream, args.batch_size, rng=rng), models[i], models[i].encode(examples)
+
+    rng = np.random.default_rng(args.seed)
+    held_out = [windows(held_out, 64, rng=rng) for _ in range(8)]
+    validations = [in_rows(model, examples) for model, (_, examples) in zip(models, splits)]
+    dtype = getattr(torch, args.dtype)
+    rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, args.warmup)
+    steps = pretrain(t5, draw, optimizer, range(step, args.max_steps), rate, dtype)
+    began, seen = time.time(), 0
+    bar = tqdm(total=args.max_steps, initial=step, desc="pretrain", unit=" steps", disable=None)
+    with StopSignal() as stop, bar:
+        for span_loss, label_loss, tokens in steps:
+            step, seen = step + 1, seen + tokens
+            speed = seen / (time.time() - began)
+            shown = {"loss": f"{span_loss:.2f}", "label": f"{label_loss:.2f}"}
+            bar.set_postfix(**shown, tokens=f"{speed:,.0f}/s", refresh=False)
+            bar.update()
+            if not (stop or step % args.eval_every == 0 or step == args.max_steps):
+                continue
+
+            scores = validate_t5(t5, models, held_out, validations, dtype)
+            log.append({"step": step, **scores, "tokens_per_second": round(speed)})
+            save_pretraining(out, t5, tokenizer, optimizer, step, log, digests)
+            bar.write(" ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
+            if stop:
+                raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {CONTINUES}")
+
+    size = sum(weights.numel() for weights in t5.parameters()) / 1e6
+    print(
+        f"wrote {out}: a T5 of {size:.2f} million parameters after {step:,} steps; held out: loss "
+        f"{log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
+    )
+
+
+def runs_of_tasks(folders):
+    """The runs of words in all texts of tasks, those to train on and those to test on."""
+    runs = set()
+    for folder in map(Path, folders):
+        task = Task.load(folder)
+        for path in folder.glob("*.jsonl"):
+            for example in read_examples(path, task, labelled=False):
+                for field in task.fields:
+                    runs |= word_runs(example[field])
+    return runs
+
+
+def apart(items, text_of, runs, name):
+    """Yields the items whose text has none of the runs of words, then prints the others' count."""
+    total = shared = 0
+    for item in filter(None, items):
+        total += 1
+        if not runs or runs.isdisjoint(word_runs(text_of(item))):
+            yield item
+        else:
+            shared += 1
+    if runs:
+        message = "share eight words in a row with a task that --exclude names, and are left out"
+        print(f"{name}: {shared:,} of {total:,} texts {message}", flush=True)
+
+
+def tokens_of(args, out, words, excluded):
+    """The tokenizer, the corpus as one stream of its token ids, and one in a hundred documents as
+    another stream: from `out`, or made and kept there."""
+    stream, held_out = out / "tokens.bin", out / "held_out.bin"
+    if args.restart or not (stream.exists() and held_out.exists()):
+        learn_from = [itertools.islice(read_documents(path), 20_000) for path in args.corpus]
+        texts = (text[:2000] for text in itertools.chain(*learn_from) if text)
+        tokenizer = learn_tokenizer(texts, words, args.pieces)
+        tokenizer.save_pretrained(out)
+        documents = (apart(read_documents(path), str, excluded, path) for path in args.corpus)
+        documents = itertools.chain.from_iterable(documents)
+        write_beside(held_out, lambda beside: write_tokens(beside, stream, documents, tokenizer))
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    streams = [np.memmap(path, np.uint32, "r") for path in (stream, held_out)]
+    if min(map(len, streams)) <= args.max_length:
+        raise InputError(f"{args.corpus[0]}: too little text to pre-train on; give more --corpus")
+    return tokenizer, *streams
+
+
+def write_tokens(held_out, stream, documents, tokenizer):
+    """Writes the token ids of documents, </s> behind each, to two files."""
+
+    def write(beside):
+        with open(beside, "wb") as most, open(held_out, "wb") as few:
+            bar = tqdm(documents, "reading the corpus", unit=" documents", disable=None)
+            for number, text in enumerate(bar):
+                ids = tokenizer(text, verbose=False).input_ids
+                file = few if number % 100 == 0 else most
+                file.write(np.array(ids, dtype=np.uint32).tobytes())
+
+    write_beside(stream, write)
+
+
+def new_t5(args, pieces):
+    """A T5 with random weights, of the shape that the arguments give."""
+    torch.manual_seed(args.seed)
+    shape = {"d_model": args.d_model, "d_ff": args.d_ff, "d_kv": args.d_model // args.heads}
+    layers = {"num_layers": args.layers, "num_decoder_layers": args.decoder_layers}
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    heads = {"num_heads": args.heads, "dropout_rate": 0.0}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=pieces, **shape, **layers, **heads, **ids))
+    # Words of a tenth of T5's own size: else the first thousands of steps hardly move them.
+    t5.shared.weight.data *= 0.1
+    return t5
+
+
+def classes_of(examples):
+    """The examples of each class that has any."""
+    by_class = collections.defaultdict(list)
+    for example in examples:
+        by_class[example["label"]].append(example)
+    return [by_class[label] for label in sorted(by_class)]
+
+
+def in_rows(model, examples, batch_size=64):
+    """Examples as encoded batches."""
+    rows = range(0, len(examples), batch_size)
+    return [model.encode(examples[i : i + batch_size]) for i in rows]
+
+
+@torch.no_grad()
+def validate_t5(t5, models, windows, validations, dtype):
+    """The mean loss of held-out windows, and the mean accuracy and loss at the mask of the tasks'
+    held-out examples, without a prompt."""
+    nothing = torch.zeros(0, t5.config.d_model, device=t5.device)
+    with torch.autocast(t5.device.type, dtype, enabled=dtype != torch.float32):
+        losses = []
+        for batch in windows:
+            batch = {name: rows.to(t5.device) for name, rows in batch.items()}
+            losses.append(t5(**batch, use_cache=False).loss.item())
+        scores = [model.evaluate(nothing, rows) for model, rows in zip(models, validations)]
+
+    mean = lambda name: float(np.mean([score[name] for score in scores]))
+    return {"loss": np.mean(losses), "label_loss": mean("loss"), "accuracy": mean("accuracy")}
+
+
+def save_pretraining(out, t5, tokenizer, optimizer, step, log, digests):
+    """Writes the T5 so far, and what a continued run needs in one safetensors file."""
+    tensors = {f"weights.{name}": w.detach() for name, w in t5.named_parameters()}
+    for i, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
+
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    header = {"facts": json.dumps({"step": step, "log": log, "digests": digests})}
+    write_beside(out / "checkpoint.safetensors", lambda path: save_file(tensors, path, header))
+    write_examples(out / "log.jsonl", log)
+    with folder_beside(out) as beside:
+        t5.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+
+
+def load_pretraining(out, t5, optimizer, digests, restart):
+    """Puts the T5 and the optimizer back as the checkpoint has them; returns the step and the log.
+    Raises InputError where it is broken or was made from other examples."""
+    path = out / "checkpoint.safetensors"
+    if restart or not path.exists():
+        return 0, []
+
+    with blame(path, "--restart begins anew", TypeError, RuntimeError, AttributeError):
+        with safe_open(path, "pt") as file:
+            header = parse_json(file.metadata()["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+
+        if type(header["step"]) is not int or header["log"][-1]["step"] != header["step"]:
+            raise ValueError("its log does not fit its step")
+
+        state = collections.defaultdict(dict)
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, name = name.split(".")
+                state[int(i)][name] = value.item() if name == "step" else value
+
+        with torch.no_grad():
+            for name, weights in t5.named_parameters():
+                weights.copy_(tensors[f"weights.{name}"])
+
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+
+    if header["digests"] != digests:
+        message = "not the examples that this run began with; give another --out or --restart"
+        raise InputError(f"{out}: {message}")
+
+    print(f"continues {out} from step {header['step']:,}", flush=True)
+    return header["step"], header["log"]
+
+
 # ------------------------------------------------ The offline demo: reviews written by a grammar
 
 # Words for each grade, from terrible to great. SHARED ones are used of everything.
@@ -868,108 +1231,14 @@ def write_reviews(domain, count, rng):
     return reviews
 
 
-def demo_tokenizer(texts):
-    """A tokenizer with a piece for every word of the texts, </s> at the end, T5's sentinels."""
-    sentinels = [f"<extra_id_{i}>" for i in range(20)]
-    words = sorted(set(" ".join(texts).lower().split()))
-    pieces = ["<pad>", "</s>", "<unk>", *words, *sentinels]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    end = [("</s>", 1)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=end)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=sentinels,
-    )
-
-
-def corrupt(ids, sentinels, rng, closing):
-    """T5's span corruption of one text: (input ids, target ids). Spans of about 15 % of the text
-    are replaced by sentinels; a text whose `closing` is set loses only its last word, the one that
-    sums the review up."""
-    if closing:
-        return ids[:-1] + [sentinels[0], 1], [sentinels[0], ids[-1], sentinels[1], 1]
-
-    source, target = [], []
-    i = used = 0
-    while i < len(ids):
-        if rng.random() < 0.1 and used < len(sentinels) - 1:
-            length = rng.choice([1, 1, 2, 3])
-            source.append(sentinels[used])
-            target += [sentinels[used], *ids[i : i + length]]
-            used, i = used + 1, i + length
-        else:
-            source.append(ids[i])
-            i += 1
-
-    return source + [1], target + [sentinels[used], 1]
-
-
-# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files
-
-
-def pretrain_demo_t5(texts, tokenizer, steps, rng, batch_size=64):
-    """A tiny T5 trained from nothing by span corruption on texts of which many end in "it was
-    good"."""
-    torch.manual_seed(0)
-    shape = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}
-    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    layers = {"num_layers": 2, "num_decoder_layers": 1, "dropout_rate": 0.0}
-    config = T5Config(vocab_size=len(tokenizer), **shape, **layers, **ids)
-    t5 = T5ForConditionalGeneration(config)
-    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(20)])
-    encoded = tokenizer(texts, add_special_tokens=False).input_ids
-    closed = [bool(re.search(r"it was \w+$", text)) for text in texts]
-    optimizer = torch.optim.AdamW(t5.parameters(), lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
-
-    def padded(rows, value):
-        rows = [torch.tensor(row) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-    for _ in tqdm(range(steps), "pre-training the demo's T5", disable=None):
-        pairs = []
-        for i in rng.sample(range(len(texts)), batch_size):
-            pairs.append(corrupt(encoded[i], sentinels, rng, closed[i] and rng.random() < 0.5))
-        sources, targets = zip(*pairs)
-        inputs = padded(sources, 0)
-        seen = (inputs != 0).long()
-        labels = padded(targets, -100)
-        loss = t5(input_ids=inputs, attention_mask=seen, labels=labels, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-    size = sum(p.numel() for p in t5.parameters()) / 1e6
-    print(f"pre-trained a T5 of {size:.2f} million parameters; last loss {loss.item():.2f}")
-    return t5.eval()
-
-
 def write_demo(out, steps):
     """The demo in the folder `out`: reviews, a tokenizer, a tiny T5, source data in clusters, two
     tasks of domains that the source data has not, and for every script the arguments that suit
     this size."""
     rng = random.Random(0)
-    corpus, texts = [], []
+    corpus, source = [], []
     for domain in DOMAINS:
         corpus += write_reviews(domain, 1000, rng)
-
-    for review in corpus:
-        closing = f" it was {WORDS[5][review['label']]}" if rng.random() < 0.5 else ""
-        texts.append(review["text"] + closing)
-
-    tokenizer = demo_tokenizer(texts)
-    t5 = pretrain_demo_t5(texts, tokenizer, steps, rng)
-    t5.save_pretrained(out / "t5")
-    tokenizer.save_pretrained(out / "t5")
-
-    source = []
     for domain in SOURCE_DOMAINS:
         source += write_reviews(domain, 1000, rng)
 
@@ -978,8 +1247,16 @@ def write_demo(out, steps):
         splits = {split: write_reviews(domain, 1000, rng) for split in ("train", "test")}
         write_task(out / domain, Task(domain, TEMPLATE, WORDS[5]), splits)
 
+    write_task(out / "corpus", Task("corpus", TEMPLATE, WORDS[5]), {"train": corpus})
     for name, arguments in DEMO.items():
         write_json(out / f"{name}.json", arguments)
+
+    shape = "--d-model 64 --d-ff 128 --heads 4 --layers 2 --dtype float32 --max-length 48"
+    how = f"--batch-size 32 --labelled 32 --max-steps {steps} --eval-every {steps} --restart"
+    corpus = ["--corpus", f"{out}/corpus/train.jsonl", "--task", f"{out}/corpus"]
+    words = ["pretrain", *corpus, "--out", f"{out}/t5", *shape.split(), *how.split()]
+    print(f"$ python data.py {' '.join(words)}", flush=True)
+    main(words)
 
     config = out / "cluster.json"
     print(f"$ python cluster.py --config {config}", flush=True)
@@ -1074,12 +1351,14 @@ class Parser(argparse.ArgumentParser):
             metavar="FILE",
         )
 
-    def add_machine_flags(self):
+    def add_machine_flags(self, max_length=256):
         """The flags that say where and how a script computes."""
         best = "cuda" if torch.cuda.is_available() else "cpu"
         self.add("--device", "cpu or cuda", best, type=device)
         self.add("--threads", "CPU threads (default: as PyTorch chooses)", type=whole(1))
-        self.add("--max-length", "tokens of a text at most; the rest is cut", 256, type=whole(1))
+        self.add(
+            "--max-length", "tokens of a text at most; the rest is cut", max_length, type=whole(1)
+        )
 
     def add_prompt_flags(self):
         """The flags of the scripts that train a prompt."""
@@ -1256,6 +1535,28 @@ def save_arguments(path, args):
     write_json(path, kept)
 
 
+def check_arguments(path, args, more=()):
+    """Sets the number of threads: that of the run that would be continued, whose digits depend on
+    it. Raises InputError where that run had other arguments; those named in `more` may be larger
+    than they were."""
+    begun = path.exists() and not args.restart
+    before = read_json(path, "--restart begins anew") if begun else {}
+    args.threads = args.threads or before.get("threads") or torch.get_num_threads()
+    free = {"config", "restart", "device", "tasks_per_pass", "search"}
+    for name, value in vars(args).items():
+        known = before.get(name) if begun else value
+        longer = name in more and isinstance(known, int) and value >= known
+        if name not in free and value != known and not longer:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{path}: this run began with {flag} {before.get(name)}, not {value}; give it "
+                "again, another --out or --restart"
+            )
+
+    with blame(path, "--restart begins anew", TypeError, RuntimeError):
+        torch.set_num_threads(args.threads)
+
+
 def provenance(device, *files):
     """What a result can be traced by: versions, device, threads, git commit (None without one) and
     the files' digests."""
@@ -1381,6 +1682,37 @@ def add_pseudo_label(command):
     command.add_machine_flags()
 
 
+def add_pretrain(command):
+    corpus = "text to pre-train on, in the form that pseudo-label takes"
+    task = "tasks whose examples are a part of it, as text"
+    held_out = "examples of a task to validate on where there is no validation.jsonl"
+    command.add("--corpus", corpus, required=True, nargs="+", type=file, metavar="FILE")
+    command.add("--task", task, required=True, nargs="+", type=folder, metavar="FOLDER")
+    command.add("--out", "the folder to write", required=True, metavar="FOLDER")
+    apart = "tasks to keep out of it: texts that share eight words in a row with theirs are dropped"
+    command.add("--exclude", apart, nargs="+", type=folder, metavar="FOLDER")
+    command.add("--pieces", "of the tokenizer", 8000, type=whole(1))
+    command.add("--d-model", "width of the T5", 192, type=whole(1))
+    command.add("--d-ff", "width of its feed-forward layers", 512, type=whole(1))
+    command.add("--heads", "its attention heads", 3, type=whole(1))
+    command.add("--layers", "of the encoder", 3, type=whole(1))
+    command.add("--decoder-layers", "of the decoder", 1, type=whole(1))
+    command.add("--max-steps", "steps", 4000, type=whole(1))
+    command.add("--batch-size", "windows of the corpus in a step", 16, type=whole(1))
+    command.add("--labelled", "labelled examples in a step", 48, type=whole(1))
+    command.add("--learning-rate", "Adafactor's", 0.02, type=positive)
+    command.add("--warmup", "steps up to the learning rate; it then falls", 100, type=whole(1))
+    command.add("--eval-every", "steps between validations", 250, type=whole(1))
+    command.add("--validation", held_out, 500, type=whole(1))
+    fast = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
+    fast = "bfloat16" if torch.cuda.is_available() else fast
+    dtypes = ["float32", "bfloat16"]
+    command.add("--dtype", "of the products; the faster one is the default", fast, choices=dtypes)
+    command.add_switch("--restart", "begins anew where an earlier run could be continued")
+    command.add("--seed", "of the weights and of every draw", 1, type=whole(0))
+    command.add_machine_flags(64)
+
+
 def add_demo(command):
     command.add("--out", "the folder to write", "demo", metavar="FOLDER")
     command.add("--max-steps", "steps of pre-training its T5", 1500, type=whole(1))
@@ -1393,6 +1725,7 @@ def main(argv=None):
     add_convert(commands.add_parser("convert", help="a dataset's official files as a task folder"))
     add_labeller(commands.add_parser("labeller", help="fine-tunes a sequence classifier on a task"))
     add_pseudo_label(commands.add_parser("pseudo-label", help="labels a corpus: source data"))
+    add_pretrain(commands.add_parser("pretrain", help="a small T5 from nothing"))
     add_demo(commands.add_parser("demo", help="makes the offline demo"))
     args = parser.parse(argv)
     if args.command == "convert":
@@ -1402,6 +1735,8 @@ def main(argv=None):
         train_labeller(args)
     elif args.command == "pseudo-label":
         pseudo_label(args)
+    elif args.command == "pretrain":
+        pretrain_t5(args)
     else:
         made = demo(args.out, args.max_steps, args.restart)
         print(f"wrote {made}/: now python train_meta.py, python finetune.py")

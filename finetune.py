@@ -165,6 +165,8 @@ RESULT_ARGUMENTS = (
     "validation_shots balanced max_test dtype matmul"
 ).split()
 SOURCE_FACTS = ("clustering", "clusters", "source_size", "source_task")  # for Table 2, Figure 3
+# The arguments of train_meta.py in which two trainings of one prompt may differ.
+TRAINING_ARGUMENTS = ("seed", "out", "config", "restart", "search", "device", "tasks_per_pass")
 
 
 def run_all(args):
@@ -348,6 +350,7 @@ def run_one(args, run, weights):
         save_prompt(saved_folder(args, run), tuned, model.t5, **row, **made, **how)
 
     row |= {fact: facts[fact] for fact in SOURCE_FACTS if fact in facts}
+    row["recipe"] = recipe_of(facts)
     row |= {"words": model.task.words, **score, **course, **made}
     tqdm.write(
         f"{row['task']}, {method_name(row)} ({row['prompt']}), {row['shots']} shots, seed "
@@ -359,6 +362,17 @@ def run_one(args, run, weights):
         print_confusion(row["words"], score["confusion"])
 
     return row
+
+
+def recipe_of(facts):
+    """What trainings of one prompt share, as text, so that a report can tell them from different
+    prompts: all but the seed and what changes no digit. None for a prompt from elsewhere."""
+    if "arguments" not in facts:
+        return None
+    arguments = facts["arguments"].items()
+    kept = {name: value for name, value in arguments if name not in TRAINING_ARGUMENTS}
+    made_of = json.dumps([kept, facts.get("digests")], sort_keys=True)
+    return hashlib.sha256(made_of.encode()).hexdigest()[:12]
 
 
 def warn_of_one_class(task, training, run):
@@ -540,20 +554,25 @@ def varying(rows, keys):
 
 
 def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
-    """The lines of a table: {(model, x, method, details): {task: {seed: accuracy in points}}}. The
-    details are the prompt and those of `keys` in which the rows of a method differ."""
+    """The lines of a table: {(model, x, method, details): {task: {(prompt, seed): accuracy in
+    points}}}. The details are the prompt, or all trainings of one prompt, and those of `keys` in
+    which the rows of a method differ."""
     rows = [{**row, **row["settings"]} for row in newest(results)]
     differing = varying(rows, [key for key in keys if key != "prompt"])
+    trainings = {}
+    for row in rows:
+        same = trainings.setdefault(row.get("recipe") or row["prompt"], [])
+        if row["prompt"] not in same:
+            same.append(row["prompt"])
+
     lines = {}
     for row in rows:
         details = [f"{key} {row.get(key)}" for key in differing[row["method"]]]
         if "prompt" in keys and row["method"] != "ft":
-            details.insert(0, row["prompt"])
+            details = [*trainings[row.get("recipe") or row["prompt"]], *details]
         name = (Path(row["model"]).name, row[x], method_name(row), ", ".join(details))
-        # Where one line is of several prompts, each has seeds of its own.
-        seed = row["seed"] if "prompt" in keys else (row["prompt"], row["seed"])
-        line = lines.setdefault(name, {})
-        line.setdefault(row["task"], {})[seed] = 100 * row["accuracy"]
+        scores = lines.setdefault(name, {}).setdefault(row["task"], {})
+        scores[row["prompt"], row["seed"]] = 100 * row["accuracy"]
 
     return dict(sorted(lines.items(), key=lambda line: line[0][:2]))
 
@@ -592,7 +611,10 @@ def score_table(results, paper):
         text = f"{mean:.2f} ± {deviation:.2f}" if count > 1 else f"{mean:.2f}"
         if mean == best[name[0], name[1], task]:
             text = f"**{text}**"
-        if count != 5:
+        trainings = len({prompt for prompt, _ in lines[name][task]})
+        if trainings > 1:
+            text += f" ({trainings} × {count // trainings})"
+        elif count != 5:
             text += f" ({count})"
         theirs = paper_value(paper, name, task)
         if theirs:
@@ -613,30 +635,59 @@ def paper_value(paper, name, task):
 
 
 def gain_table(results, against):
-    """Is a gain real? Every method against one, seed by seed: a seed draws the same examples for
-    both. The interval is over draws of examples, not over trainings of the prompt that the seeds
-    share."""
-    from scipy import stats
+    """Is a gain real? Every method against one: its mean gain, and that gain's interval."""
 
     def cell(lines, name, task):
-        others = [n for n in lines if n[:2] == name[:2] and against in n[2:]]
+        others = [n for n in lines if n[:2] == name[:2] and against in (*n[2:], *n[3].split(", "))]
         if not others or others[0] == name:
             return "-"
 
         ours, theirs = lines[name][task], lines[others[0]].get(task, {})
-        gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        if len(gains) < 2:
+        if len(seeds_of(ours) & seeds_of(theirs)) < 2:
             return "-"
 
-        mean, deviation, count = spread(gains)
-        half = stats.t.ppf(0.975, count - 1) * deviation / count**0.5
+        mean, half = gain(ours, theirs)
         text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-        if half < abs(mean):
-            text = f"**{text}**"
-
-        return text if count == 5 else f"{text} ({count})"
+        return f"**{text}**" if half < abs(mean) else text
 
     return fill_table(results, cell)
+
+
+def gain(ours, theirs):
+    """The mean of what one line {(prompt, seed): accuracy} is ahead of another, and half of its
+    95 % t interval. A seed draws the same examples for both, so draws are compared in pairs. Where
+    a line holds several trainings of its prompt, the variance over trainings is added to that over
+    draws: the interval is then about the next training and the next draw."""
+    from scipy import stats
+
+    seeds = sorted(seeds_of(ours) & seeds_of(theirs))
+    by_seed = {seed: means(ours, 1)[seed] - means(theirs, 1)[seed] for seed in seeds}
+    variances = [(np.var(list(by_seed.values()), ddof=1) / len(seeds), len(seeds) - 1)]
+    for line in (ours, theirs):
+        trainings = list(means(line, 0, seeds).values())
+        if len(trainings) > 1:
+            count = len(trainings)
+            variances.append((np.var(trainings, ddof=1) / count, count - 1))
+
+    variance = sum(one for one, _ in variances)
+    if variance == 0:
+        return np.mean(list(by_seed.values())), 0.0
+    # Welch and Satterthwaite's degrees of freedom, of a sum of variances.
+    freedom = variance**2 / sum(one**2 / degrees for one, degrees in variances)
+    return np.mean(list(by_seed.values())), stats.t.ppf(0.975, freedom) * variance**0.5
+
+
+def seeds_of(line):
+    return {seed for _, seed in line}
+
+
+def means(line, part, seeds=None):
+    """The mean accuracy of every training (part 0 of a line's keys) or of every seed (part 1)."""
+    groups = {}
+    for key, score in line.items():
+        if seeds is None or key[1] in seeds:
+            groups.setdefault(key[part], []).append(score)
+    return {name: np.mean(scores) for name, scores in groups.items()}
 
 
 def print_table(title, rows):
@@ -673,7 +724,10 @@ def print_report(args):
     if not results:
         raise InputError(f"{args.report}: no results here; finetune.py --out writes them")
 
-    form = "accuracy in points, mean ± sample standard deviation over five seeds, or over (so many)"
+    form = (
+        "accuracy in points, mean ± sample standard deviation over five seeds, over (so many), or "
+        "over (trainings of the prompt × seeds)"
+    )
     print_table(f"Table 1: {form}.", score_table(results, TABLE_1))
     print(LEGEND)
 
@@ -699,7 +753,7 @@ def print_report(args):
 
     title = (
         f"Against {against}: mean difference in points, paired over the seeds, with its 95 % t "
-        "interval; bold where that leaves out 0."
+        "interval over seeds and, where there are several, trainings; bold where it leaves out 0."
     )
     print_table(title, gain_table(results, against))
     if args.confusion:
@@ -719,14 +773,20 @@ def curves(results, x):
     found = {}
     for name, tasks in table_lines(rows, x, (*keys, *RESULT_ARGUMENTS)).items():
         _, at, method, details = name
-        label = f"{method}, {details}" if details else method
-        found.setdefault(label, {})[at] = tasks
+        found.setdefault((method, details), {})[at] = tasks
 
     found = {name: curve for name, curve in found.items() if len(curve) > 1}
+    methods = Counter(method for method, _ in found)
+    found = {label_of(*name, methods): curve for name, curve in found.items()}
     if not found:
         raise InputError(f"no method was run with more than one value of {x}: nothing to plot")
 
     return found
+
+
+def label_of(method, details, methods):
+    """A line's name in the legend: the method, and the details where another line has it too."""
+    return f"{method}, {details}" if methods[method] > 1 and details else method
 
 
 def plot(curves, x):

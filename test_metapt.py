@@ -23,7 +23,9 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -39,7 +41,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 from transformers import T5Config, T5ForConditionalGeneration
@@ -75,7 +77,16 @@ def make_tokenizer():
     texts = ["it was " + " ".join(data.WORDS[5]), "yes maybe no ? a b c"]
     for domain in data.DOMAINS:
         texts += [review["text"] for review in data.write_reviews(domain, 200, random.Random(0))]
-    return data.demo_tokenizer(texts)
+    words = ["<pad>", "</s>", "<unk>", *sorted(set(" ".join(texts).lower().split()))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    end = [("</s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=end)
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, extra_special_tokens=data.SENTINELS[:20], **names
+    )
 
 
 def make_t5(tokenizer, shape="tiny", **changes):
@@ -1006,6 +1017,110 @@ def test_the_demo_holds_tasks_from_other_domains(world):
         assert model.tokenizer.unk_token_id not in model.encode([example])["input_ids"]
 
 
+# --------------------------------------------------------- data.py: a small T5 from nothing
+
+
+def test_learn_tokenizer_keeps_words_whole():
+    texts = ["an unforgettable film", "a forgettable plot", "the plot of a film"] * 3
+    tokenizer = data.learn_tokenizer(texts, ["Unforgettable", "okay"], 40)
+    for word in ("unforgettable", "okay", " Okay"):
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
+    ids = tokenizer("The PLOT").input_ids
+    assert ids == tokenizer("the plot").input_ids and ids[-1] == tokenizer.eos_token_id == 1
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the plot"
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 64, 500])
+def test_corrupted_spans_fit_back_into_the_text(length):
+    rng = np.random.default_rng(length)
+    sentinels = list(range(1000, 1100))
+    ids = rng.integers(10, 900, length).tolist()
+    source, target = data.corrupt(ids, sentinels, rng)
+    assert source[-1] == target[-1] == 1 and source[-2] in sentinels or length == 2
+    spans, at = {}, None
+    for i in target[:-1]:
+        if i in sentinels:
+            at = i
+            spans[at] = []
+        else:
+            spans[at].append(i)
+    last = list(spans)[-1]
+    assert spans.pop(last) == [] and list(spans) == sentinels[: len(spans)]
+    filled = sum((spans[i] if i in spans else [i] for i in source[:-1]), [])
+    assert filled == ids
+    lost = sum(map(len, spans.values()))
+    assert lost == max(1, round(0.15 * length))
+    if length == 500:
+        assert len(spans) == round(lost / 3)
+
+
+def test_word_runs_see_through_the_forms_of_a_treebank():
+    plain = data.word_runs("We don't think it's the best film (of the year) in any way.")
+    treebank = data.word_runs("We do n't think it 's the best film -- of the year in any way .")
+    assert plain == treebank and len(plain) == 6
+    assert data.word_runs("Short one!") == {"short one"}
+
+
+def pretrain(world, out, **flags):
+    data.main(
+        ["pretrain", "--corpus", f"{world}/corpus/train.jsonl", "--task", f"{world}/corpus"]
+        + f"--out {out} --d-model 16 --d-ff 16 --heads 2 --layers 1 --pieces 300".split()
+        + "--max-steps 6 --eval-every 4 --batch-size 4 --labelled 4 --dtype float32".split()
+        + [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    )
+
+
+def test_a_stopped_pretraining_continues_to_the_same_bytes(world, tmp_path, monkeypatch, capsys):
+    pretrain(world, tmp_path / "whole")
+    validate, rows = data.validate_t5, []
+
+    def stop_then(*args):
+        rows.append(1)
+        if len(rows) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate(*args)
+
+    monkeypatch.setattr(data, "validate_t5", stop_then)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 4 and saved"):
+        pretrain(world, tmp_path / "parts")
+    pretrain(world, tmp_path / "parts")
+    for name in ("model.safetensors", "checkpoint.safetensors", "tokens.bin"):
+        same = (tmp_path / "parts" / name).read_bytes()
+        assert name.startswith("checkpoint") or same == (tmp_path / "whole" / name).read_bytes()
+    assert "continues" in capsys.readouterr().out
+    t5, tokenizer = metapt.load_t5(tmp_path / "parts")
+    PromptedT5(t5, tokenizer, SENTIMENT)
+    with pytest.raises(InputError, match="this run began with --max-steps 6, not 9"):
+        pretrain(world, tmp_path / "parts", **{"max-steps": 9})
+
+
+def test_pretraining_learns_both_of_its_objectives(tokenizer):
+    t5 = make_t5(tokenizer).requires_grad_(True)
+    model = PromptedT5(t5, tokenizer, SENTIMENT, 48)
+    t5.requires_grad_(True)
+    examples = make_examples(200)
+    texts = tokenizer([example["text"] for example in examples], add_special_tokens=False).input_ids
+    stream, sentinels = np.array(sum(texts, [])), tokenizer.convert_tokens_to_ids(data.SENTINELS)
+    by_class = data.classes_of(examples)
+
+    def draw(step):
+        rng = np.random.default_rng(step)
+        labelled = model.encode(data.draw_labelled(by_class, ["text"], 16, rng))
+        return data.draw_windows(stream, 16, sentinels, 48, rng), model, labelled
+
+    optimizer = data.Adafactor(t5.parameters(), 0.02, relative_step=False)
+    steps = data.pretrain(t5, draw, optimizer, range(60), lambda step: 0.02, torch.float32)
+    losses = np.array(list(steps))
+    assert (losses[-5:, :2].mean(0) < 0.6 * losses[:5, :2].mean(0)).all()
+
+
+def test_what_shares_words_with_an_excluded_task_is_left_out(world, tmp_path, capsys):
+    pretrain(world, tmp_path / "t5", exclude=world / "books")
+    printed = capsys.readouterr().out
+    left_out = int(re.search(r"train.jsonl: ([\d,]+) of 6,000 texts", printed)[1].replace(",", ""))
+    assert 0 < left_out < 6000
+
+
 # ------------------------------------------- cluster.py: meta-tasks, Section 4.2 and Appendix B
 
 
@@ -1674,6 +1789,36 @@ def test_a_gain_whose_interval_leaves_out_0_is_bold(tmp_path, capsys, ours, thei
     assert f"**{shown}**" in capsys.readouterr().out
 
 
+def test_trainings_of_one_prompt_share_a_line_and_widen_its_interval(tmp_path, capsys):
+    rows = []
+    for training, shift in enumerate([-0.03, 0, 0.03]):
+        for seed, accuracy in enumerate(METAPT):
+            rows.append(result("maml", accuracy + shift, seed, f"maml-{training}", recipe="a"))
+    rows += [
+        result("ppt", accuracy, seed, "ppt-0", recipe="b") for seed, accuracy in enumerate(PPT)
+    ]
+    report(tmp_path, rows, against="ppt-0")
+    printed = " ".join(capsys.readouterr().out.split())
+    deviation = np.std(100 * np.add.outer([-0.03, 0, 0.03], METAPT), ddof=1)
+    name = "| t5-base | 40 | MetaPT | maml-0, maml-1, maml-2 |"
+    assert f"{name} **45.00 ± {deviation:.2f}** (3 × 5)" in printed
+    gains = 100 * np.subtract(METAPT, PPT)
+    over_draws, over_trainings = gains.var(ddof=1) / 5, 9 / 3
+    variance = over_draws + over_trainings
+    freedom = variance**2 / (over_draws**2 / 4 + over_trainings**2 / 2)
+    half = pytest.importorskip("scipy.stats").t.ppf(0.975, freedom) * variance**0.5
+    assert f"{name} +2.00 [{2 - half:+.2f}, {2 + half:+.2f}] |" in printed
+
+
+def test_a_recipe_is_a_prompts_arguments_without_its_seed():
+    facts = {"arguments": {"seed": 1, "out": "a", "alpha": 0.08}, "digests": {"source": "0"}}
+    again = {"arguments": {"seed": 2, "out": "b", "alpha": 0.08}, "digests": {"source": "0"}}
+    assert finetune.recipe_of(facts) == finetune.recipe_of(again)
+    again["arguments"]["alpha"] = 0.3
+    assert finetune.recipe_of(facts) != finetune.recipe_of(again)
+    assert finetune.recipe_of({}) is None
+
+
 def test_report_prints_confusion_matrices(tmp_path, capsys):
     facts = {"words": ["bad", "good"], "confusion": [[3, 1], [0, 4]]}
     report(tmp_path, [result("maml", 0.9, seed, **facts) for seed in (1, 2)], confusion=True)
@@ -1853,7 +1998,7 @@ def read_clusters(path):
 
 def read_arguments(path):
     args = argparse.Namespace(restart=False, threads=None, method="maml")
-    train_meta.check_arguments(path, args)
+    data.check_arguments(path, args)
 
 
 def read_settings(path):
@@ -1872,10 +2017,6 @@ def read_examples(path):
 
 def read_survey(path):
     return cluster.survey(path, SENTIMENT, 9)
-
-
-def read_pairs(path):
-    return data.read_pairs(path, SENTIMENT)
 
 
 def read_corpus(path):
@@ -2022,7 +2163,7 @@ one_cluster = b'{"text": "a", "label": 0, "cluster": 0}\n'
 none_here = b'{"text": "a", "label": 0}\n'
 bad_file(read_clusters, "s.jsonl", b"", one_cluster * 9 + none_here, none_here * 9, one_cluster)
 bad_line(read_survey, "source.jsonl", FINE, b'{"text": "a"}', b"[" * 10**5)
-bad_line(read_pairs, "train.jsonl", FINE, b'{"text": "a", "label": 300}', b"{")
+bad_line(read_examples, "train.jsonl", FINE, b'{"text": "a", "label": 300}', b"{")
 
 row = lambda **changes: json.dumps({**result("pt", 0.5, 1), **changes}).encode()
 bad_line(read_report, "r.jsonl", row() + b"\n", *BAD_LINES, b"{}", row(accuracy="0.5"))

@@ -138,7 +138,9 @@ def validate(model, prompt, held_out, alpha):
 def train(args):
     """One run from source data to the best prompt, in the folder args.out; returns its score."""
     out, m, ppt = Path(args.out), args.batch_size, args.method == "ppt"
-    check_arguments(out / "arguments.json", args)
+    # PPT's schedule knows its end, so that more steps would be another run.
+    more = ["patience"] if args.method == "ppt" else ["patience", "max_steps"]
+    data.check_arguments(out / "arguments.json", args, more)
     task = Task.load(Path(args.source).parent)
     tasks, held_out, facts = read_source(args, task)
     model = PromptedT5(*load_t5(args.model, args.device, args.dtype), task, args.max_length)
@@ -333,29 +335,6 @@ def start_prompt(model, args):
     if args.init in ("vocab", "normal"):
         return model.init_prompt(args.prompt_length, args.seed, args.init)
     return load_prompt(args.init, model.t5.config.d_model)[0].to(model.device)
-
-
-def check_arguments(path, args):
-    """Sets the number of threads: that of the run that would be continued, whose digits depend on
-    it. Raises InputError where that run had other arguments. More steps are no others, but for PPT,
-    whose schedule knows its end; nor is more patience."""
-    begun = path.exists() and not args.restart
-    before = read_json(path, "--restart begins anew") if begun else {}
-    args.threads = args.threads or before.get("threads") or torch.get_num_threads()
-    free = {"config", "restart", "device", "tasks_per_pass", "search"}
-    more = {"patience"} if args.method == "ppt" else {"patience", "max_steps"}
-    for name, value in vars(args).items():
-        known = before.get(name) if begun else value
-        longer = name in more and isinstance(known, int) and value >= known
-        if name not in free and value != known and not longer:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{path}: this run began with {flag} {before.get(name)}, not {value}; give it "
-                "again, another --out or --restart"
-            )
-
-    with blame(path, "--restart begins anew", TypeError, RuntimeError):
-        torch.set_num_threads(args.threads)
 
 
 def save(out, prompt, optimizer, step, log, best, t5, facts):
