@@ -940,7 +940,6 @@ def pretrain_t5(args):
     out, tasks = Path(args.out), [Task.load(folder) for folder in args.task]
     try_place(out / "config.json")
     check_arguments(out / "arguments.json", args)
-    save_arguments(out / "arguments.json", args)
     excluded, splits = runs_of_tasks(args.exclude or []), []
     for folder, task in zip(args.task, tasks):
         pair = read_splits(Path(folder), task, args.validation, args.seed)
@@ -949,6 +948,7 @@ def pretrain_t5(args):
 
     words = [word for task in tasks for word in task.words]
     tokenizer, stream, held_out = tokens_of(args, out, words, excluded)
+    save_arguments(out / "arguments.json", args)
     t5 = new_t5(args, len(tokenizer)).to(args.device)
     models = [PromptedT5(t5, tokenizer, task, args.max_length) for task in tasks]
     t5.requires_grad_(True)  # which PromptedT5 has frozen
@@ -1028,20 +1028,20 @@ def tokens_of(args, out, words, excluded):
     """The tokenizer, the corpus as one stream of its token ids, and one in a hundred documents as
     another stream: from `out`, or made and kept there."""
     stream, held_out = out / "tokens.bin", out / "held_out.bin"
-    if args.restart or not (stream.exists() and held_out.exists()):
+    if args.restart or not (out / "arguments.json").exists():
         learn_from = [itertools.islice(read_documents(path), 20_000) for path in args.corpus]
+        out.mkdir(parents=True, exist_ok=True)
         texts = (text[:2000] for text in itertools.chain(*learn_from) if text)
         tokenizer = learn_tokenizer(texts, words, args.pieces)
-        tokenizer.save_pretrained(out)
         documents = (apart(read_documents(path), str, excluded, path) for path in args.corpus)
         documents = itertools.chain.from_iterable(documents)
         write_beside(held_out, lambda beside: write_tokens(beside, stream, documents, tokenizer))
+        tokenizer.save_pretrained(out)
 
     tokenizer = AutoTokenizer.from_pretrained(out)
-    streams = [np.memmap(path, np.uint32, "r") for path in (stream, held_out)]
-    if min(map(len, streams)) <= args.max_length:
+    if min(path.stat().st_size for path in (stream, held_out)) <= 4 * args.max_length:
         raise InputError(f"{args.corpus[0]}: too little text to pre-train on; give more --corpus")
-    return tokenizer, *streams
+    return tokenizer, *(np.memmap(path, np.uint32, "r") for path in (stream, held_out))
 
 
 def write_tokens(held_out, stream, documents, tokenizer):

@@ -1114,6 +1114,16 @@ def test_pretraining_learns_both_of_its_objectives(tokenizer):
     assert (losses[-5:, :2].mean(0) < 0.6 * losses[:5, :2].mean(0)).all()
 
 
+def test_a_bad_corpus_leaves_nothing_behind(world, tmp_path, capsys):
+    corpus = put(tmp_path / "corpus.jsonl", b'{"text": "fine words here"}\n{"text": 3}\n')
+    out = tmp_path / "t5"
+    line = ends_in_one_line(lambda: pretrain(world, out, corpus=corpus), capsys)
+    assert "corpus.jsonl:2: " in line and not list(out.glob("*"))
+    put(corpus, b'{"text": "fine words here"}\n')
+    line = ends_in_one_line(lambda: pretrain(world, out, corpus=corpus), capsys)
+    assert "too little text" in line and not (out / "arguments.json").exists()
+
+
 def test_what_shares_words_with_an_excluded_task_is_left_out(world, tmp_path, capsys):
     pretrain(world, tmp_path / "t5", exclude=world / "books")
     printed = capsys.readouterr().out
