@@ -865,8 +865,8 @@ def split_at_random(total, parts, rng):
 
 
 def word_runs(text, length=8):
-    """Every run of `length` words in a text, without case, punctuation and the spaces that treebanks
-    have in "do n't"; of a shorter text the whole."""
+    """Every run of `length` words in a text, of a shorter text the whole; without case, punctuation
+    and the spaces that treebanks have in "do n't"."""
     text = re.sub(r" (?=n't|')", "", text.lower()).replace("'", "")
     words = re.findall(r"\w+", text)
     return {" ".join(words[i : i + length]) for i in range(max(len(words) - length, 0) + 1)}
@@ -1251,10 +1251,12 @@ def write_demo(out, steps):
     for name, arguments in DEMO.items():
         write_json(out / f"{name}.json", arguments)
 
-    shape = "--d-model 64 --d-ff 128 --heads 4 --layers 2 --dtype float32 --max-length 48"
-    how = f"--batch-size 32 --labelled 32 --max-steps {steps} --eval-every {steps} --restart"
+    shape = "--d-model 64 --d-ff 128 --heads 4 --layers 2 --max-length 48"
+    how = f"--batch-size 32 --labelled 32 --max-steps {steps} --eval-every {steps}"
+    machine = "--dtype float32 --threads 1 --restart"
     corpus = ["--corpus", f"{out}/corpus/train.jsonl", "--task", f"{out}/corpus"]
-    words = ["pretrain", *corpus, "--out", f"{out}/t5", *shape.split(), *how.split()]
+    words = ["pretrain", *corpus, "--out", f"{out}/t5"]
+    words += f"{shape} {how} {machine}".split()
     print(f"$ python data.py {' '.join(words)}", flush=True)
     main(words)
 
