@@ -954,7 +954,7 @@ def pretrain_t5(args):
     t5.requires_grad_(True)  # which PromptedT5 has frozen
     optimizer = Adafactor(t5.parameters(), args.learning_rate, beta1=0.9, relative_step=False)
     files = [Path(folder) / "train.jsonl" for folder in args.task]
-    digests = provenance(args.device, *files)["digests"]
+    digests = {str(file): digest(file) for file in files}
     step, log = load_pretraining(out, t5, optimizer, digests, args.restart)
 
     sentinels = tokenizer.convert_tokens_to_ids(SENTINELS)
@@ -968,7 +968,7 @@ def pretrain_t5(args):
 
     rng = np.random.default_rng(args.seed)
     held_out = [windows(held_out, 64, rng=rng) for _ in range(8)]
-    validations = [in_rows(model, examples) for model, (_, examples) in zip(models, splits)]
+    validations = [list(encoded(model, examples)) for model, (_, examples) in zip(models, splits)]
     dtype = getattr(torch, args.dtype)
     rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, args.warmup)
     steps = pretrain(t5, draw, optimizer, range(step, args.max_steps), rate, dtype)
@@ -1079,10 +1079,10 @@ def classes_of(examples):
     return [by_class[label] for label in sorted(by_class)]
 
 
-def in_rows(model, examples, batch_size=64):
+def encoded(model, examples, size=64):
     """Examples as encoded batches."""
-    rows = range(0, len(examples), batch_size)
-    return [model.encode(examples[i : i + batch_size]) for i in rows]
+    for start in range(0, len(examples), size):
+        yield model.encode(examples[start : start + size])
 
 
 @torch.no_grad()

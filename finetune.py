@@ -75,7 +75,7 @@ def tune(
     prompt = torch.nn.Parameter(prompt.clone())
     parameters = list(model.t5.requires_grad_(full).parameters()) if full else [prompt]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    batch, held_out = model.encode(training), list(encoded(model, validation))
+    batch, held_out = model.encode(training), list(data.encoded(model, validation))
     torch.manual_seed(seed)
     epochs = max_epochs * math.ceil(len(training) / batch_size)
     total = min(epochs, max_steps or epochs)
@@ -142,12 +142,6 @@ def search(model, prompt, training, validation, rates=RATES, **settings):
     model.t5.load_state_dict(best)
     found = {run["learning_rate"]: run["validation_accuracy"] for run in runs}
     return prompt, {**runs[best_of(scores)], "tried": {rate: found.get(rate) for rate in rates}}
-
-
-def encoded(model, examples, size=64):
-    """Examples as encoded batches."""
-    for start in range(0, len(examples), size):
-        yield model.encode(examples[start : start + size])
 
 
 def macro_f1(confusion):
@@ -262,7 +256,7 @@ def load_task(folder, t5, tokenizer, args):
     print_test(model.task, test)
     test.sort(key=lambda example: sum(len(example[field]) for field in model.task.fields))
     made = data.provenance(args.device, *paths)
-    return {"model": model, "splits": splits, "test": list(encoded(model, test)), "made": made}
+    return {"model": model, "splits": splits, "test": list(data.encoded(model, test)), "made": made}
 
 
 def print_test(task, test):
@@ -661,8 +655,9 @@ def gain(ours, theirs):
     from scipy import stats
 
     seeds = sorted(seeds_of(ours) & seeds_of(theirs))
-    by_seed = {seed: means(ours, 1)[seed] - means(theirs, 1)[seed] for seed in seeds}
-    variances = [(np.var(list(by_seed.values()), ddof=1) / len(seeds), len(seeds) - 1)]
+    our_means, their_means = means(ours, 1), means(theirs, 1)
+    gains = [our_means[seed] - their_means[seed] for seed in seeds]
+    variances = [(np.var(gains, ddof=1) / len(seeds), len(seeds) - 1)]
     for line in (ours, theirs):
         trainings = list(means(line, 0, seeds).values())
         if len(trainings) > 1:
@@ -671,10 +666,10 @@ def gain(ours, theirs):
 
     variance = sum(one for one, _ in variances)
     if variance == 0:
-        return np.mean(list(by_seed.values())), 0.0
+        return np.mean(gains), 0.0
     # Welch and Satterthwaite's degrees of freedom, of a sum of variances.
     freedom = variance**2 / sum(one**2 / degrees for one, degrees in variances)
-    return np.mean(list(by_seed.values())), stats.t.ppf(0.975, freedom) * variance**0.5
+    return np.mean(gains), stats.t.ppf(0.975, freedom) * variance**0.5
 
 
 def seeds_of(line):

@@ -139,7 +139,7 @@ def train(args):
     """One run from source data to the best prompt, in the folder args.out; returns its score."""
     out, m, ppt = Path(args.out), args.batch_size, args.method == "ppt"
     # PPT's schedule knows its end, so that more steps would be another run.
-    more = ["patience"] if args.method == "ppt" else ["patience", "max_steps"]
+    more = ["patience"] if ppt else ["patience", "max_steps"]
     data.check_arguments(out / "arguments.json", args, more)
     task = Task.load(Path(args.source).parent)
     tasks, held_out, facts = read_source(args, task)
@@ -325,8 +325,7 @@ def read_source(args, task):
 def encode_held_out(model, examples, m, ppt, batch_size=64):
     """A cluster's held-out examples, encoded: m of them to adapt on (none for PPT, which leaves the
     same out), and batches of the rest to score."""
-    rest = range(m, len(examples), batch_size)
-    batches = [model.encode(examples[i : i + batch_size]) for i in rest]
+    batches = list(data.encoded(model, examples[m:], batch_size))
     return None if ppt else model.encode(examples[:m]), batches
 
 
