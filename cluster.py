@@ -25,17 +25,20 @@ import math
 import sys
 from pathlib import Path
 
-import faiss
 import numpy as np
-import torch
-from sentence_transformers import SentenceTransformer
-from sklearn.decomposition import LatentDirichletAllocation
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.manifold import TSNE
 from tqdm import tqdm
 
 import data
-from metapt import InputError, Task, blame, write_beside
+
+if not data.HELP:
+    import faiss
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sklearn.decomposition import LatentDirichletAllocation
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.manifold import TSNE
+
+    from metapt import InputError, Task, blame, write_beside
 
 # ------------------------------------------------ Section 4.2 and Appendix B.1: four clusterings
 
@@ -140,11 +143,13 @@ def plot(embeddings, panels, seed, sample=3000):
         for i, name in enumerate(words):
             x, y = points[clusters[rows] == name].T
             label = f"{name}: {', '.join(words[name][:3])}"
-            axis.scatter(x, y, s=6, color=colours(i), linewidths=0, label=label)
-        axis.set(title=title, xticks=[], yticks=[])
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02), "ncols": 2}
-        axis.legend(**below, fontsize=9, markerscale=3, frameon=False)
+            marker = "os^DvPX*<>"[i % 10]  # so that clusters can be told apart without colour
+            axis.scatter(x, y, s=9, marker=marker, color=colours(i), linewidths=0, label=label)
+        axis.set(title=title, xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05), "ncols": 2}
+        axis.legend(**below, fontsize=9, markerscale=2.5, frameon=False)
 
+    figure.suptitle(f"{len(rows):,} of {len(embeddings):,} embeddings", y=0.95)
     return figure
 
 
@@ -343,7 +348,6 @@ def main(argv=None):
         "examples that a cluster must have (default: 640 / clusters + 8, which train_meta.py holds "
         "out and draws by default)"
     )
-    best = "cuda" if torch.cuda.is_available() else "cpu"
     out = "the file to write (default: METHOD and K.jsonl beside the source)"
     encoder = "sentence-transformers/all-MiniLM-L6-v2"
     whole = data.whole
@@ -356,7 +360,8 @@ def main(argv=None):
     parser.add_switch("--drop-small", "leaves smaller clusters out")
     parser.add("--vocabulary", "words that LDA and the report count", 10_000, type=whole(1))
     parser.add("--seed", "of K-means, LDA, random clusters and t-SNE", 1, type=whole(0))
-    parser.add("--device", "where the encoder runs", best, type=data.device)
+    device = "where the encoder runs, cpu or cuda (default: cuda where there is a GPU)"
+    parser.add("--device", device, type=data.device)
     parser.add("--out", out, metavar="FILE")
     args = parser.parse(argv)
     if args.out and len(args.k) > 1:

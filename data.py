@@ -56,30 +56,32 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-from transformers.optimization import Adafactor
-from transformers.utils import logging as transformers_logging
 
-from metapt import NEW_WORD, InputError, PromptedT5, Task, best_of, blame, first_line
-from metapt import linear_schedule, out_of_patience, parse_json, read_json, write_beside, write_json
+# PyTorch and transformers take seconds to import. --help needs neither; who waits is told so.
+SCRIPTS = ("data.py", "cluster.py", "train_meta.py", "finetune.py")
+HELP = Path(sys.argv[0]).name in SCRIPTS and not {"-h", "--help"}.isdisjoint(sys.argv)
+if Path(sys.argv[0]).name in SCRIPTS and not HELP and sys.stderr.isatty():
+    print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
 
-transformers_logging.disable_progress_bar()  # the scripts have their own
+if not HELP:
+    import torch
+    import transformers
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import trainers
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+    from transformers.optimization import Adafactor
+    from transformers.utils import logging as transformers_logging
+
+    from metapt import NEW_WORD, InputError, PromptedT5, Task, best_of, blame, first_line
+    from metapt import linear_schedule, out_of_patience, parse_json, read_json, write_beside
+    from metapt import write_json
+
+    transformers_logging.disable_progress_bar()  # the scripts have their own
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 TEMPLATE = "{text} It was {mask}"  # the paper's, Section 3
@@ -446,7 +448,6 @@ def train_classifier(model, tokenize, examples, total, learning_rate, warmup, ba
         yield step + 1
 
 
-@torch.no_grad()
 def classify(model, tokenize, texts, batch_size):
     """Each text's label and its confidence, the label's probability: two lists. Texts of about one
     length share a batch, so that little is padded."""
@@ -454,7 +455,8 @@ def classify(model, tokenize, texts, batch_size):
     logits = []
     for start in range(0, len(texts), batch_size):
         batch = tokenize([texts[i] for i in order[start : start + batch_size]])
-        logits.append(model(**batch.to(model.device)).logits)
+        with torch.no_grad():
+            logits.append(model(**batch.to(model.device)).logits)
     probabilities = torch.cat(logits).float().softmax(-1)[np.argsort(order)]
     confidences, labels = probabilities.max(-1)
     return labels.tolist(), confidences.tolist()
@@ -886,14 +888,14 @@ def draw_windows(stream, count, sentinels, longest, rng):
     return {"input_ids": inputs, "attention_mask": (inputs != 0).long(), "labels": targets}
 
 
-def draw_labelled(by_class, fields, count, rng):
-    """`count` examples, every class as likely as another. A quarter of them keep only one to three
-    sentences of each field: downstream texts are short."""
+def draw_labelled(by_class, fields, count, excerpts, rng):
+    """`count` examples, every class as likely as another. The share `excerpts` of them keeps only
+    one to three sentences of each field: downstream texts are short."""
     drawn = []
     for _ in range(count):
         members = by_class[rng.integers(len(by_class))]
         example = members[rng.integers(len(members))]
-        if rng.random() < 0.25:
+        if rng.random() < excerpts:
             parts = {field: excerpt(example[field], rng) for field in fields}
             example = {**example, **parts}
         drawn.append(example)
@@ -963,7 +965,7 @@ def pretrain_t5(args):
 
     def draw(step):
         rng, i = np.random.default_rng([args.seed, step]), step % len(tasks)
-        examples = draw_labelled(by_class[i], tasks[i].fields, args.labelled, rng)
+        examples = draw_labelled(by_class[i], tasks[i].fields, args.labelled, args.excerpts, rng)
         return windows(stream, args.batch_size, rng=rng), models[i], models[i].encode(examples)
 
     rng = np.random.default_rng(args.seed)
@@ -996,6 +998,12 @@ def pretrain_t5(args):
         f"wrote {out}: a T5 of {size:.2f} million parameters after {step:,} steps; held out: loss "
         f"{log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
     )
+
+
+def fast_dtype(device):
+    """The faster of the precisions in which a device can multiply."""
+    fast = device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
+    return "bfloat16" if fast else "float32"
 
 
 def runs_of_tasks(folders):
@@ -1085,12 +1093,12 @@ def encoded(model, examples, size=64):
         yield model.encode(examples[start : start + size])
 
 
-@torch.no_grad()
 def validate_t5(t5, models, windows, validations, dtype):
     """The mean loss of held-out windows, and the mean accuracy and loss at the mask of the tasks'
     held-out examples, without a prompt."""
     nothing = torch.zeros(0, t5.config.d_model, device=t5.device)
-    with torch.autocast(t5.device.type, dtype, enabled=dtype != torch.float32):
+    precision = torch.autocast(t5.device.type, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad(), precision:
         losses = []
         for batch in windows:
             batch = {name: rows.to(t5.device) for name, rows in batch.items()}
@@ -1102,15 +1110,10 @@ def validate_t5(t5, models, windows, validations, dtype):
 
 
 def save_pretraining(out, t5, tokenizer, optimizer, step, log, digests):
-    """Writes the T5 so far, and what a continued run needs in one safetensors file."""
-    tensors = {f"weights.{name}": w.detach() for name, w in t5.named_parameters()}
-    for i, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
-
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    header = {"facts": json.dumps({"step": step, "log": log, "digests": digests})}
-    write_beside(out / "checkpoint.safetensors", lambda path: save_file(tensors, path, header))
+    """Writes the T5 so far, and what a continued run needs."""
+    weights = {f"weights.{name}": values for name, values in t5.named_parameters()}
+    facts = {"step": step, "log": log, "digests": digests}
+    save_state(out / "checkpoint.safetensors", weights, optimizer, facts)
     write_examples(out / "log.jsonl", log)
     with folder_beside(out) as beside:
         t5.save_pretrained(beside)
@@ -1125,31 +1128,18 @@ def load_pretraining(out, t5, optimizer, digests, restart):
         return 0, []
 
     with blame(path, "--restart begins anew", TypeError, RuntimeError, AttributeError):
-        with safe_open(path, "pt") as file:
-            header = parse_json(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-
-        if type(header["step"]) is not int or header["log"][-1]["step"] != header["step"]:
+        tensors, facts = load_state(path, optimizer)
+        step, log = facts["step"], facts["log"]
+        if type(step) is not int or log[-1]["step"] != step:
             raise ValueError("its log does not fit its step")
-
-        state = collections.defaultdict(dict)
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, i, name = name.split(".")
-                state[int(i)][name] = value.item() if name == "step" else value
 
         with torch.no_grad():
             for name, weights in t5.named_parameters():
                 weights.copy_(tensors[f"weights.{name}"])
 
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
-
-    if header["digests"] != digests:
-        message = "not the examples that this run began with; give another --out or --restart"
-        raise InputError(f"{out}: {message}")
-
-    print(f"continues {out} from step {header['step']:,}", flush=True)
-    return header["step"], header["log"]
+    check_digests(out, facts.get("digests", {}), digests)
+    print(f"continues {out} from step {step:,}", flush=True)
+    return step, log
 
 
 # ------------------------------------------------ The offline demo: reviews written by a grammar
@@ -1252,7 +1242,7 @@ def write_demo(out, steps):
         write_json(out / f"{name}.json", arguments)
 
     shape = "--d-model 64 --d-ff 128 --heads 4 --layers 2 --max-length 48"
-    how = f"--batch-size 32 --labelled 32 --max-steps {steps} --eval-every {steps}"
+    how = f"--batch-size 32 --labelled 32 --excerpts 0.25 --max-steps {steps} --eval-every {steps}"
     machine = "--dtype float32 --threads 1 --restart"
     corpus = ["--corpus", f"{out}/corpus/train.jsonl", "--task", f"{out}/corpus"]
     words = ["pretrain", *corpus, "--out", f"{out}/t5"]
@@ -1355,8 +1345,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_machine_flags(self, max_length=256):
         """The flags that say where and how a script computes."""
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        self.add("--device", "cpu or cuda", best, type=device)
+        self.add("--device", "cpu or cuda (default: cuda where there is a GPU)", type=device)
         self.add("--threads", "CPU threads (default: as PyTorch chooses)", type=whole(1))
         self.add(
             "--max-length", "tokens of a text at most; the rest is cut", max_length, type=whole(1)
@@ -1379,7 +1368,7 @@ class Parser(argparse.ArgumentParser):
         """The arguments: those of the file --config first, so that others win. Raises InputError
         for that file."""
         argv = sys.argv[1:] if argv is None else argv
-        if "--config" in self._option_string_actions:
+        if "--config" in self._option_string_actions and not HELP:
             first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             first.add_argument("--config")
             config = first.parse_known_args(argv)[0].config
@@ -1388,6 +1377,8 @@ class Parser(argparse.ArgumentParser):
                 argv = self.flags_of(config, argv) + argv
 
         args = self.parse_args(argv)
+        if "device" in args:
+            args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if getattr(args, "threads", None):
             torch.set_num_threads(args.threads)
         if "matmul" in args:
@@ -1559,6 +1550,43 @@ def check_arguments(path, args, more=()):
         torch.set_num_threads(args.threads)
 
 
+def save_state(path, tensors, optimizer, facts):
+    """Writes what a continued run needs, tensors and the optimizer's state, in one safetensors file
+    with `facts` in its header."""
+    tensors = dict(tensors)
+    for i, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    header = {"facts": json.dumps(facts)}
+    write_beside(path, lambda beside: save_file(tensors, beside, header))
+
+
+def load_state(path, optimizer):
+    """Puts the optimizer back as save_state found it; returns the tensors and the facts."""
+    with safe_open(path, "pt") as file:
+        facts = parse_json(file.metadata()["facts"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+
+    state = collections.defaultdict(dict)
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            state[int(i)][key] = value
+
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+    return tensors, facts
+
+
+def check_digests(out, before, now):
+    """Raises InputError where the files of a run that is continued are not those it began with."""
+    for file, found in now.items():
+        if before.get(file) != found:
+            message = f"not the file that the run in {out} began with"
+            raise InputError(f"{file}: {message}; give another --out or --restart")
+
+
 def provenance(device, *files):
     """What a result can be traced by: versions, device, threads, git commit (None without one) and
     the files' digests."""
@@ -1615,6 +1643,8 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
+    except SystemExit:  # after --help, for one, where InputError is not imported
+        raise
     except BrokenPipeError:  # whoever read this, `head` say, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -1702,14 +1732,13 @@ def add_pretrain(command):
     command.add("--max-steps", "steps", 4000, type=whole(1))
     command.add("--batch-size", "windows of the corpus in a step", 16, type=whole(1))
     command.add("--labelled", "labelled examples in a step", 48, type=whole(1))
+    command.add("--excerpts", "share of them cut to 1 to 3 sentences", 0.5, type=real(0, 1))
     command.add("--learning-rate", "Adafactor's", 0.02, type=positive)
     command.add("--warmup", "steps up to the learning rate; it then falls", 100, type=whole(1))
     command.add("--eval-every", "steps between validations", 250, type=whole(1))
     command.add("--validation", held_out, 500, type=whole(1))
-    fast = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
-    fast = "bfloat16" if torch.cuda.is_available() else fast
     dtypes = ["float32", "bfloat16"]
-    command.add("--dtype", "of the products; the faster one is the default", fast, choices=dtypes)
+    command.add("--dtype", "of the products (default: the faster one here)", choices=dtypes)
     command.add_switch("--restart", "begins anew where an earlier run could be continued")
     command.add("--seed", "of the weights and of every draw", 1, type=whole(0))
     command.add_machine_flags(64)
@@ -1738,6 +1767,7 @@ def main(argv=None):
     elif args.command == "pseudo-label":
         pseudo_label(args)
     elif args.command == "pretrain":
+        args.dtype = args.dtype or fast_dtype(args.device)
         pretrain_t5(args)
     else:
         made = demo(args.out, args.max_steps, args.restart)

@@ -31,12 +31,16 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import data
-from metapt import InputError, PromptedT5, Task, best_of, blame, linear_schedule, load_prompt
-from metapt import load_t5, out_of_patience, parse_json, save_prompt, select, summed_loss
+
+if not data.HELP:
+    import torch
+
+    from metapt import Diverged, InputError, PromptedT5, Task, best_of, blame, linear_schedule
+    from metapt import load_prompt, load_t5, out_of_patience, parse_json, save_prompt, select
+    from metapt import summed_loss
 
 # What Appendix A sets for each method; flags override it. A.4's batches of 4, accumulated 8 times,
 # are batches of 32.
@@ -45,10 +49,6 @@ SETTINGS = {
     "ft": {"learning_rate": 3e-5, "batch_size": 4, "patience": 5},  # A.1
 }
 RATES = [3e-3, 3e-4, 8e-5, 3e-5, 3e-6]  # A.1's search; the paper prints its third as 8e5
-
-
-class Diverged(InputError):
-    """No validation of a training had a finite loss."""
 
 
 # ------------------------------------------------------------- Appendix A.4 and A.1, to be copied

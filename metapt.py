@@ -43,6 +43,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, and how to mend it."""
 
 
+class Diverged(InputError):
+    """No validation of a training had a finite loss."""
+
+
 # ------------------------------------------------------------- Section 3: the task as text, the T5
 
 

@@ -19,22 +19,22 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
 
 import argparse
 import itertools
-import json
 import math
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-from metapt import InputError, PromptedT5, Task, adapt, adapt_all, best_of, blame, linear_schedule
-from metapt import load_prompt, load_t5, meta_gradient, parse_json, read_json, save_prompt
-from metapt import out_of_patience, write_beside
+
+if not data.HELP:
+    import torch
+
+    from metapt import InputError, PromptedT5, Task, adapt, adapt_all, best_of, blame
+    from metapt import linear_schedule, load_prompt, load_t5, meta_gradient, out_of_patience
+    from metapt import read_json, save_prompt, write_beside
 
 # What Appendix A sets for each method; flags override it.
 MAML = {"learning_rate": 0.025, "max_steps": 20_000, "eval_every": 500, "patience": 6}  # A.3
@@ -344,15 +344,10 @@ def save(out, prompt, optimizer, step, log, best, t5, facts):
     if data.rank_and_world()[0] > 0:
         return
 
-    tensors = {"prompt": prompt.detach(), "best": best}
-    for name, value in optimizer.state_dict()["state"].get(0, {}).items():
-        tensors[f"optimizer.{name}"] = value
-
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    state = {"step": step, "log": log, "digests": facts["digests"]}
-    header = {"facts": json.dumps(state)}
     out.mkdir(parents=True, exist_ok=True)
-    write_beside(out / "checkpoint.safetensors", lambda path: save_file(tensors, path, header))
+    tensors, state = {"prompt": prompt, "best": best}, {"step": step, "log": log}
+    state["digests"] = facts["digests"]
+    data.save_state(out / "checkpoint.safetensors", tensors, optimizer, state)
     data.write_examples(out / "log.jsonl", log)
     score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
     save_prompt(out, best, t5, **facts, **score, start_accuracy=log[0]["accuracy"])
@@ -367,10 +362,7 @@ def load_checkpoint(out, prompt, optimizer, facts, restart):
         return 0, [], None
 
     with blame(path, "--restart begins anew", TypeError, RuntimeError, AttributeError):
-        with safe_open(path, "pt") as file:
-            header = parse_json(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-
+        tensors, header = data.load_state(path, optimizer)
         step, log = header["step"], header["log"]
         for line in log:
             if type(step) is not int or line["step"] > step or not 0 <= line["accuracy"] <= 1:
@@ -379,24 +371,12 @@ def load_checkpoint(out, prompt, optimizer, facts, restart):
         if not log or tensors["prompt"].shape != prompt.shape:
             raise ValueError("it holds no evaluation, or a prompt of another shape")
 
-        state = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                state[name.removeprefix("optimizer.")] = tensor
-
         with torch.no_grad():
             prompt.copy_(tensors["prompt"])
 
         best = torch.empty_like(prompt).copy_(tensors["best"]).detach()
-        everything = {**optimizer.state_dict(), "state": {0: state} if state else {}}
-        optimizer.load_state_dict(everything)
 
-    before = header.get("digests", {})
-    for file, digest in facts["digests"].items():
-        if before.get(file) != digest:
-            message = f"not the file that the run in {out} began with"
-            raise InputError(f"{file}: {message}; give another --out or --restart")
-
+    data.check_digests(out, header.get("digests", {}), facts["digests"])
     if data.rank_and_world()[0] == 0:
         print(f"continues {out} from step {step:,}", flush=True)
 
