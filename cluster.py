@@ -126,7 +126,7 @@ def telling_words(texts, clusters, vectorizer, count=8):
     return {int(name): words[row].tolist() for name, row in zip(names, order)}
 
 
-def plot(embeddings, panels, seed, sample=3000):
+def plot(embeddings, panels, seed, sample=2500):
     """Figure 4: t-SNE of a sample of the embeddings, with a panel for every (title, clusters [N],
     words of each cluster). Returns the figure."""
     from matplotlib import colormaps

@@ -942,12 +942,8 @@ def pretrain_t5(args):
     out, tasks = Path(args.out), [Task.load(folder) for folder in args.task]
     try_place(out / "config.json")
     check_arguments(out / "arguments.json", args)
-    excluded, splits = runs_of_tasks(args.exclude or []), []
-    for folder, task in zip(args.task, tasks):
-        pair = read_splits(Path(folder), task, args.validation, args.seed)
-        text = lambda example: " ".join(example[field] for field in task.fields)
-        splits.append([list(apart(examples, text, excluded, folder)) for examples in pair])
-
+    excluded = runs_of_tasks(args.exclude or [])
+    splits = [labelled_splits(args, *pair, excluded) for pair in zip(args.task, tasks)]
     words = [word for task in tasks for word in task.words]
     tokenizer, stream, held_out = tokens_of(args, out, words, excluded)
     save_arguments(out / "arguments.json", args)
@@ -998,6 +994,17 @@ def pretrain_t5(args):
         f"wrote {out}: a T5 of {size:.2f} million parameters after {step:,} steps; held out: loss "
         f"{log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
     )
+
+
+def labelled_splits(args, folder, task, excluded):
+    """A task's training and held-out examples that are apart from the excluded tasks. Raises
+    InputError where none is left."""
+    text = lambda example: " ".join(example[field] for field in task.fields)
+    splits = read_splits(Path(folder), task, args.validation, args.seed)
+    splits = [list(apart(examples, text, excluded, folder)) for examples in splits]
+    if not all(splits):
+        raise InputError(f"{folder}: --exclude leaves no example of it; give another --task")
+    return splits
 
 
 def fast_dtype(device):
@@ -1243,7 +1250,7 @@ def write_demo(out, steps):
 
     shape = "--d-model 64 --d-ff 128 --heads 4 --layers 2 --max-length 48"
     how = f"--batch-size 32 --labelled 32 --excerpts 0.25 --max-steps {steps} --eval-every {steps}"
-    machine = "--dtype float32 --threads 1 --restart"
+    machine = "--learning-rate 0.02 --dtype float32 --threads 1 --restart"
     corpus = ["--corpus", f"{out}/corpus/train.jsonl", "--task", f"{out}/corpus"]
     words = ["pretrain", *corpus, "--out", f"{out}/t5"]
     words += f"{shape} {how} {machine}".split()
@@ -1493,7 +1500,7 @@ def save_figure(path, figure):
     """Writes one of matplotlib's figures, beside its place first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    how = {"format": path.suffix[1:], "dpi": 200, "bbox_inches": "tight"}
+    how = {"format": path.suffix[1:], "dpi": 100, "bbox_inches": "tight"}
     write_beside(path, lambda beside: figure.savefig(beside, **how))
     print(f"wrote {path}")
 
@@ -1731,9 +1738,9 @@ def add_pretrain(command):
     command.add("--decoder-layers", "of the decoder", 1, type=whole(1))
     command.add("--max-steps", "steps", 4000, type=whole(1))
     command.add("--batch-size", "windows of the corpus in a step", 16, type=whole(1))
-    command.add("--labelled", "labelled examples in a step", 48, type=whole(1))
+    command.add("--labelled", "labelled examples in a step", 64, type=whole(1))
     command.add("--excerpts", "share of them cut to 1 to 3 sentences", 0.5, type=real(0, 1))
-    command.add("--learning-rate", "Adafactor's", 0.02, type=positive)
+    command.add("--learning-rate", "Adafactor's", 0.01, type=positive)
     command.add("--warmup", "steps up to the learning rate; it then falls", 100, type=whole(1))
     command.add("--eval-every", "steps between validations", 250, type=whole(1))
     command.add("--validation", held_out, 500, type=whole(1))

@@ -9,6 +9,7 @@ The sanity checks, on a tiny T5 made here; nothing is downloaded. In the paper's
     train_meta.py      runs that are stopped, killed, continued, shared
     finetune.py        runs, searches, reports, figures
     Hostile input      bad files and flags: one line, and nothing left behind
+    The README         every command and snippet in it
     The benchmark      python test_metapt.py
 
     python -m pytest -q
@@ -18,6 +19,7 @@ The sanity checks, on a tiny T5 made here; nothing is downloaded. In the paper's
 import argparse
 import copy
 import ctypes
+import importlib.util
 import io
 import json
 import math
@@ -1129,6 +1131,8 @@ def test_what_shares_words_with_an_excluded_task_is_left_out(world, tmp_path, ca
     printed = capsys.readouterr().out
     left_out = int(re.search(r"train.jsonl: ([\d,]+) of 6,000 texts", printed)[1].replace(",", ""))
     assert 0 < left_out < 6000
+    with pytest.raises(InputError, match="corpus: --exclude leaves no example of it"):
+        pretrain(world, tmp_path / "none", exclude=world / "corpus")
 
 
 # ------------------------------------------- cluster.py: meta-tasks, Section 4.2 and Appendix B
@@ -2494,6 +2498,161 @@ def test_no_pickle_is_ever_read(tmp_path, labeller, reader, name):
     else:
         torch.load(path.open("rb"), weights_only=False)
     assert created.exists()  # as it would have been
+
+
+# ------------------------------------------------------------ The README: what it shows, runs
+
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+SCRIPTS = {"data.py": data, "cluster.py": cluster, "train_meta.py": train_meta}
+SCRIPTS |= {"finetune.py": finetune}
+# What README's commands are run with behind their own flags, so that they take no time.
+SMALL = {
+    "data.py pretrain": "--d-model 16 --d-ff 16 --heads 2 --layers 1 --pieces 300 --max-steps 1 "
+    "--batch-size 2 --labelled 2 --validation 4 --dtype float32",
+    "data.py labeller": "--max-steps 1 --eval-every 1 --warmup 1 --validation 4 --max-length 48",
+    "cluster.py": "--min-size 4 --drop-small --device cpu",
+    "train_meta.py": "--max-steps 1 --eval-every 1 --batch-size 1 --validation 10 --prompt-length 2",
+    "finetune.py": "--seeds 1 2 --max-steps 1 --max-test 8 --prompt-length 2",
+    "test_metapt.py": "--shape tiny --tasks 1 --m 2 --rounds 1 --prompt-length 2 --only step",
+}
+EXCHANGED = {
+    "for seed in 1 2 3": "for seed in 1",
+    "-{1,2,3}": "-1",
+    "--model t5 ": "--model demo/t5 ",
+    "1000 10000 100000 1000000": "150 160",
+    "10 20 40 80 160 320 640 1280 2560": "4 8",
+    "3 6 10 15 20 30": "2 3",
+    "3 6 10": "2 3",
+    "NAME --input FILE --out tasks/NAME": "sst5 --input trainDevTestTrees_PTB.zip --out tasks/sst5",
+    "google-t5/t5-large": "demo/t5",
+    "books-maml-40-1": "books-maml-4-1",
+}
+
+
+def fenced(*languages):
+    """The README's blocks of these languages, in their order."""
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", README, re.M | re.S)
+
+
+def shell_pieces():
+    """Everything in the README that is to be typed into a shell, from top to bottom."""
+    commands = r"^```bash\n(.*?)^```|`((?:for |python |\w+\.py )[^`]* --[^`]*)`"
+    for block, inline in re.findall(commands, README, re.M | re.S):
+        text = block or re.sub(r"^(\w+\.py)", r"python \1", inline)
+        for ours, small in EXCHANGED.items():
+            text = text.replace(ours, small)
+        yield text
+
+
+def taken_apart(text, folder):
+    """The commands of our scripts in a piece of shell, as bash expands it: lists of words."""
+    stand_ins = """
+        pip() { :; }
+        torchrun() { shift 2; python "$@"; }
+        python() { printf '%s\\n' "$@" END; }
+    """
+    shell = ["bash", "-euc", stand_ins + text]
+    done = subprocess.run(shell, cwd=folder, capture_output=True, text=True, check=True)
+    return [words.splitlines() for words in done.stdout.split("END\n")[:-1]]
+
+
+@pytest.fixture
+def readers_folder(world, labeller, tmp_path, monkeypatch):
+    """A folder as the README's reader has it, with the official files, and a hub that holds the
+    tiny models."""
+    shutil.copytree(world, tmp_path / "demo")
+    learn(world, tmp_path / "demo" / "maml")
+    reviews = make_examples(240)
+    lines = [f'"{review["label"] + 1}","{review["text"]}"\n' for review in reviews]
+    files = {"train.csv": "".join(lines), "test.csv": "".join(lines[:20])}
+    pack(tmp_path / "yelp_review_full_csv.tgz", files)
+    trees = []
+    for review in reviews[:60]:
+        trees.append(
+            f"({review['label']} {' '.join(f'(2 {w})' for w in review['text'].split())})\n"
+        )
+    files = {f"trees/{split}.txt": "".join(trees) for split in ("train", "dev", "test")}
+    pack(tmp_path / "trainDevTestTrees_PTB.zip", files)
+    web = [review["text"] for review in make_examples(6000)]
+    texts = {f"{i}.txt": "\n".join(web[i::40]) for i in range(40)}
+    pack(tmp_path / "openwebtext.tar", texts)
+    (tmp_path / "imdb-unlabelled.txt").write_text("\n".join(web[:200]))
+    for name in ("amazon-unlabelled.jsonl", "open.jsonl"):
+        data.write_examples(tmp_path / name, make_examples(400, 7))
+    for name in "yelp5 sst5 sst2 sentihood semeval_restaurant amazon5".split():
+        shutil.copytree(world / "books", tmp_path / "tasks" / name)
+    for name in "stars amazon-two snippets".split():
+        shutil.copytree(world / "corpus", tmp_path / "tasks" / name)
+    packed = data.lzma.compress((tmp_path / "openwebtext.tar").read_bytes())
+    (tmp_path / "openwebtext.tar.xz").write_bytes(packed)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "MODEL", "demo/t5")
+    monkeypatch.setattr(train_meta, "ALPHAS", [0.08])
+    monkeypatch.setitem(SMALL, "cluster.py", f"{SMALL['cluster.py']} --encoder demo/t5")
+    roberta = f" --model {labeller.parent / 'roberta'}"
+    monkeypatch.setitem(SMALL, "data.py labeller", SMALL["data.py labeller"] + roberta)
+    say = lambda model, tokenize, texts, size: (
+        [i % 5 for i in range(len(texts))],
+        [1] * len(texts),
+    )
+    monkeypatch.setattr(data, "classify", say)
+    even = lambda rows, k, seed: (cluster.random_clusters(len(rows), k, seed), np.zeros(len(rows)))
+    monkeypatch.setattr(cluster, "kmeans", even)
+    return tmp_path
+
+
+def test_every_command_and_snippet_of_the_readme_runs(readers_folder, capsys):
+    peft = "peft" if importlib.util.find_spec("peft") else None
+    names, ran = {}, []
+    for snippet in fenced("python"):
+        if "peft" not in snippet or peft:
+            exec(snippet.replace("range(100)", "range(2)"), names)
+    printed = re.sub(r"[\d.]+", "#", capsys.readouterr().out)
+    for shown in fenced("text")[2:4]:  # behind the snippets of metapt.py
+        assert re.sub(r"[\d.]+", "#", shown) in printed
+
+    for piece in shell_pieces():
+        for script, *words in taken_apart(piece, readers_folder):
+            if script == "-m" or not words or "theirs" in words and not peft:
+                continue
+            kind = f"{script} {words[0]}" if f"{script} {words[0]}" in SMALL else script
+            small = SMALL.get(kind, "") if "--report" not in words else ""
+            if script == "finetune.py" and "--shots" not in words:
+                small += " --shots 4"
+            main = SCRIPTS[script].main if script in SCRIPTS else benchmark
+            main([*words, *small.split()] if "--predict" not in words else words)
+            ran.append(kind)
+
+    assert set(SMALL) <= set(ran) and len(ran) > 30
+    for name in ("shots.png", "size.png", "k.png", "tsne.png"):
+        assert (readers_folder / name).exists()
+
+
+def test_every_flag_and_name_in_the_readme_is_there(capsys):
+    flags = set()
+    commands = [[kind] for kind in ("convert", "labeller", "pseudo-label", "pretrain", "demo")]
+    everything = [(data.main, words) for words in commands]
+    everything += [(main, []) for main in (cluster.main, train_meta.main, finetune.main, benchmark)]
+    for main, words in everything:
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        flags |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    prose = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--nproc_per_node", "--nproc"}
+    assert prose <= flags, prose - flags
+
+    the_map = README.split("## The map")[1].split("\n## ")[0]
+    rows = [row.split("|")[2] for row in the_map.splitlines() if ".py: " in row]
+    assert len(rows) > 15
+    for row in rows:
+        module = re.search(r"`(\w+)\.py: ", row)[1]
+        names = re.findall(r"`([\w.*]+)`", row.replace(f"{module}.py: ", ""))
+        for name in names:
+            found = sys.modules[module]
+            for part in name.removesuffix("*").split("."):
+                matching = [known for known in dir(found) if known.startswith(part)]
+                assert matching, f"{module}.py has no {name}"
+                found = getattr(found, part, None)
 
 
 # ---------------------------------------------------------------------------------- The benchmark
