@@ -196,10 +196,10 @@ def run_all(args):
         title = "Accuracy in points, mean ± sample standard deviation over five seeds, or over"
         print_table(f"{title} (so many).", score_table(results, ""))
         print(LEGEND)
-        print(
-            f"wrote {out}: {made} new runs{' of this process' if world > 1 else ''}, {stood} "
-            "stood there already" + (f"; the tuned prompts are in {args.save}" if args.save else "")
-        )
+        here = " of this process" if world > 1 else ""
+        kept = f"; the tuned prompts are in {args.save}" if args.save else ""
+        runs = "run" if made == 1 else "runs"
+        print(f"wrote {out}: {made} new {runs}{here}, {stood} stood there already{kept}")
 
 
 def check_prompts(args, width):
@@ -789,17 +789,16 @@ def plot(curves, x):
     band of one standard deviation. Returns the figure."""
     from matplotlib.figure import Figure
 
-    names, ticks = {}, set()
+    ticks = {}  # of each task's panel
     for curve in curves.values():
-        ticks.update(curve)
-        for tasks in curve.values():
-            names.update(dict.fromkeys(tasks))
+        for at, tasks in curve.items():
+            for task in tasks:
+                ticks.setdefault(task, set()).add(at)
 
-    ticks = sorted(ticks)
     labels = {"shots": "training examples", "source_size": "source examples"}
-    figure = Figure(figsize=(1 + 4 * len(names), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for panel, task in zip(panels, names):
+    figure = Figure(figsize=(1 + 4 * len(ticks), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(ticks), squeeze=False)[0]
+    for panel, task in zip(panels, ticks):
         styles = itertools.cycle(["o-", "s--", "^:", "D-.", "v-", "P--"])
         for (name, curve), style in zip(curves.items(), styles):
             xs = [at for at in curve if task in curve[at]]
@@ -810,12 +809,13 @@ def plot(curves, x):
         if x != "clusters":
             panel.set_xscale("log", base=2 if x == "shots" else 10)
         rotation = 30 if x == "source_size" else 0
-        panel.set_xticks(ticks, [f"{at:,}" for at in ticks], rotation=rotation)
+        marks = sorted(ticks[task])
+        panel.set_xticks(marks, [f"{at:,}" for at in marks], rotation=rotation)
         panel.minorticks_off()
         panel.set(title=task, xlabel=labels.get(x, x))
 
     panels[0].set_ylabel("accuracy in points")
-    handles, columns = panels[0].get_legend_handles_labels(), min(3, 2 * len(names))
+    handles, columns = panels[0].get_legend_handles_labels(), min(4, 2 * len(ticks))
     figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 

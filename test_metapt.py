@@ -1542,7 +1542,7 @@ def test_other_data_or_a_missing_folder_makes_a_run_new(world, tmp_path, capsys)
     test = tmp_path / "books" / "test.jsonl"
     test.write_text("".join(test.read_text().splitlines(keepends=True)[:300]))
     assert len(tune(world, out, seeds=1, **flags)) == 2
-    assert capsys.readouterr().out.count("1 new runs, 0 stood there already") == 3
+    assert capsys.readouterr().out.count("1 new run, 0 stood there already") == 3
     for name in ("a/x", "b/x"):
         save_prompt(tmp_path / name, torch.zeros(3, 64), metapt.load_t5(world / "t5")[0])
     flags["prompt"] = [tmp_path / "a/x", tmp_path / "b/x"]
