@@ -158,7 +158,7 @@ def plot(embeddings, panels, seed, sample=2500):
 
 def read_texts(source, task):
     for example in data.read_examples(source, task):
-        yield " ".join(example[field] for field in task.fields)
+        yield data.text_of(example, task)
 
 
 def survey(source, task, words):
@@ -168,7 +168,7 @@ def survey(source, task, words):
     labels, digest, counts = array.array("q"), hashlib.sha256(), collections.Counter()
     analyze = CountVectorizer(stop_words="english").build_analyzer()
     for example in tqdm(data.read_examples(source, task), "reading", disable=None):
-        text = " ".join(example[field] for field in task.fields)
+        text = data.text_of(example, task)
         labels.append(example["label"])
         digest.update(text.encode() + b"\n")
         counts.update(set(analyze(text)))
@@ -360,8 +360,7 @@ def main(argv=None):
     parser.add_switch("--drop-small", "leaves smaller clusters out")
     parser.add("--vocabulary", "words that LDA and the report count", 10_000, type=whole(1))
     parser.add("--seed", "of K-means, LDA, random clusters and t-SNE", 1, type=whole(0))
-    device = "where the encoder runs, cpu or cuda (default: cuda where there is a GPU)"
-    parser.add("--device", device, type=data.device)
+    parser.add_device_flag()
     parser.add("--out", out, metavar="FILE")
     args = parser.parse(argv)
     if args.out and len(args.k) > 1:

@@ -60,8 +60,9 @@ from tqdm import tqdm
 
 # PyTorch and transformers take seconds to import. --help needs neither; who waits is told so.
 SCRIPTS = ("data.py", "cluster.py", "train_meta.py", "finetune.py")
-HELP = Path(sys.argv[0]).name in SCRIPTS and not {"-h", "--help"}.isdisjoint(sys.argv)
-if Path(sys.argv[0]).name in SCRIPTS and not HELP and sys.stderr.isatty():
+SCRIPT = Path(sys.argv[0]).name in SCRIPTS
+HELP = SCRIPT and not {"-h", "--help"}.isdisjoint(sys.argv)
+if SCRIPT and not HELP and sys.stderr.isatty():
     print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
 
 if not HELP:
@@ -152,6 +153,11 @@ def read_examples(path, task, labelled=True):
 
 def unpacked_name(path):
     return re.sub(r"\.(gz|xz)$", "", Path(path).name)
+
+
+def text_of(example, task):
+    """All text of an example: its fields in the template's order."""
+    return " ".join(example[field] for field in task.fields)
 
 
 def check_example(example, task, labelled=True):
@@ -597,7 +603,7 @@ def read_splits(folder, task, count, seed):
 
 def in_pairs(examples, task):
     """[(text, label)] of examples."""
-    texts = [" ".join(example[field] for field in task.fields) for example in examples]
+    texts = [text_of(example, task) for example in examples]
     return [(text, example["label"]) for text, example in zip(texts, examples)]
 
 
@@ -943,7 +949,9 @@ def pretrain_t5(args):
     try_place(out / "config.json")
     check_arguments(out / "arguments.json", args)
     excluded = runs_of_tasks(args.exclude or [])
-    splits = [labelled_splits(args, *pair, excluded) for pair in zip(args.task, tasks)]
+    splits = [
+        labelled_splits(args, folder, task, excluded) for folder, task in zip(args.task, tasks)
+    ]
     words = [word for task in tasks for word in task.words]
     tokenizer, stream, held_out = tokens_of(args, out, words, excluded)
     save_arguments(out / "arguments.json", args)
@@ -999,7 +1007,7 @@ def pretrain_t5(args):
 def labelled_splits(args, folder, task, excluded):
     """A task's training and held-out examples that are apart from the excluded tasks. Raises
     InputError where none is left."""
-    text = lambda example: " ".join(example[field] for field in task.fields)
+    text = partial(text_of, task=task)
     splits = read_splits(Path(folder), task, args.validation, args.seed)
     splits = [list(apart(examples, text, excluded, folder)) for examples in splits]
     if not all(splits):
@@ -1350,9 +1358,13 @@ class Parser(argparse.ArgumentParser):
             metavar="FILE",
         )
 
+    def add_device_flag(self):
+        """The flag whose default parse() finds, since it takes PyTorch."""
+        self.add("--device", "cpu or cuda (default: cuda where there is a GPU)", type=device)
+
     def add_machine_flags(self, max_length=256):
         """The flags that say where and how a script computes."""
-        self.add("--device", "cpu or cuda (default: cuda where there is a GPU)", type=device)
+        self.add_device_flag()
         self.add("--threads", "CPU threads (default: as PyTorch chooses)", type=whole(1))
         self.add(
             "--max-length", "tokens of a text at most; the rest is cut", max_length, type=whole(1)
@@ -1464,7 +1476,7 @@ def device(text):
     """cpu, cuda, or cuda:1 and so on, where this PyTorch finds it."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
-    if text != "cpu" and not torch.cuda.is_available():
+    if text != "cpu" and not (HELP or torch.cuda.is_available()):
         raise argparse.ArgumentTypeError(f"{text}: this PyTorch finds no GPU; give cpu")
     return text
 

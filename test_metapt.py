@@ -2500,11 +2500,22 @@ def test_no_pickle_is_ever_read(tmp_path, labeller, reader, name):
     assert created.exists()  # as it would have been
 
 
+@pytest.mark.parametrize(
+    "words", ["data.py pretrain", "cluster.py", "train_meta.py", "finetune.py"]
+)
+def test_help_waits_for_no_import_whatever_stands_beside_it(words):
+    script, *more = words.split()
+    script = Path(data.__file__).with_name(script)
+    argv = [sys.executable, "-X", "importtime", script, *more, "--device", "cuda", "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ")
+    assert not re.search(r"\| +(torch|transformers|metapt)$", done.stderr, re.M)
+
+
 # ------------------------------------------------------------ The README: what it shows, runs
 
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-SCRIPTS = {"data.py": data, "cluster.py": cluster, "train_meta.py": train_meta}
-SCRIPTS |= {"finetune.py": finetune}
+SCRIPTS = {name: sys.modules[Path(name).stem] for name in data.SCRIPTS}
 # What README's commands are run with behind their own flags, so that they take no time.
 SMALL = {
     "data.py pretrain": "--d-model 16 --d-ff 16 --heads 2 --layers 1 --pieces 300 --max-steps 1 "
@@ -2529,9 +2540,9 @@ EXCHANGED = {
 }
 
 
-def fenced(*languages):
-    """The README's blocks of these languages, in their order."""
-    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", README, re.M | re.S)
+def fenced(language):
+    """The README's blocks of a language, in their order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
 def shell_pieces():
@@ -2568,9 +2579,8 @@ def readers_folder(world, labeller, tmp_path, monkeypatch):
     pack(tmp_path / "yelp_review_full_csv.tgz", files)
     trees = []
     for review in reviews[:60]:
-        trees.append(
-            f"({review['label']} {' '.join(f'(2 {w})' for w in review['text'].split())})\n"
-        )
+        words = " ".join(f"(2 {word})" for word in review["text"].split())
+        trees.append(f"({review['label']} {words})\n")
     files = {f"trees/{split}.txt": "".join(trees) for split in ("train", "dev", "test")}
     pack(tmp_path / "trainDevTestTrees_PTB.zip", files)
     web = [review["text"] for review in make_examples(6000)]
@@ -2592,19 +2602,18 @@ def readers_folder(world, labeller, tmp_path, monkeypatch):
     monkeypatch.setitem(SMALL, "cluster.py", f"{SMALL['cluster.py']} --encoder demo/t5")
     roberta = f" --model {labeller.parent / 'roberta'}"
     monkeypatch.setitem(SMALL, "data.py labeller", SMALL["data.py labeller"] + roberta)
-    say = lambda model, tokenize, texts, size: (
-        [i % 5 for i in range(len(texts))],
-        [1] * len(texts),
-    )
-    monkeypatch.setattr(data, "classify", say)
+
+    def in_turn(model, tokenize, texts, batch_size):
+        return [i % 5 for i in range(len(texts))], [1] * len(texts)
+
+    monkeypatch.setattr(data, "classify", in_turn)
     even = lambda rows, k, seed: (cluster.random_clusters(len(rows), k, seed), np.zeros(len(rows)))
     monkeypatch.setattr(cluster, "kmeans", even)
     return tmp_path
 
 
 def test_every_command_and_snippet_of_the_readme_runs(readers_folder, capsys):
-    peft = "peft" if importlib.util.find_spec("peft") else None
-    names, ran = {}, []
+    peft, names, ran = importlib.util.find_spec("peft"), {}, []
     for snippet in fenced("python"):
         if "peft" not in snippet or peft:
             exec(snippet.replace("range(100)", "range(2)"), names)
@@ -2614,7 +2623,7 @@ def test_every_command_and_snippet_of_the_readme_runs(readers_folder, capsys):
 
     for piece in shell_pieces():
         for script, *words in taken_apart(piece, readers_folder):
-            if script == "-m" or not words or "theirs" in words and not peft:
+            if script == "-m" or not words:
                 continue
             kind = f"{script} {words[0]}" if f"{script} {words[0]}" in SMALL else script
             small = SMALL.get(kind, "") if "--report" not in words else ""
@@ -2631,14 +2640,14 @@ def test_every_command_and_snippet_of_the_readme_runs(readers_folder, capsys):
 
 def test_every_flag_and_name_in_the_readme_is_there(capsys):
     flags = set()
-    commands = [[kind] for kind in ("convert", "labeller", "pseudo-label", "pretrain", "demo")]
-    everything = [(data.main, words) for words in commands]
+    commands = ("convert", "labeller", "pseudo-label", "pretrain", "demo")
+    everything = [(data.main, [kind]) for kind in commands]
     everything += [(main, []) for main in (cluster.main, train_meta.main, finetune.main, benchmark)]
     for main, words in everything:
         with pytest.raises(SystemExit):
             main([*words, "--help"])
         flags |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    prose = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--nproc_per_node", "--nproc"}
+    prose = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--nproc"}  # torchrun's
     assert prose <= flags, prose - flags
 
     the_map = README.split("## The map")[1].split("\n## ")[0]
@@ -2961,7 +2970,6 @@ def benchmark(argv=None):
     parser = data.Parser(__doc__)
     whole = data.whole
     parts = ["step", "downstream", "precision"]
-    best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add("--shape", "of the T5, with random weights", "tiny", choices=list(SHAPES))
     parser.add("--tasks", "meta-tasks of a step", 10, type=whole(1))
     parser.add("--m", "support examples of a task, and query examples", 4, type=whole(1))
@@ -2974,7 +2982,7 @@ def benchmark(argv=None):
     others = ["loop", *OTHERS]
     parser.add("--compare", "with whose steps", others, choices=others, nargs="*")
     parser.add("--only", "parts of the benchmark", parts, choices=parts, nargs="+")
-    parser.add("--device", "cpu or cuda", best, type=data.device)
+    parser.add_device_flag()
     parser.add("--threads", "CPU threads (default: as PyTorch chooses)", type=whole(1))
     args = parser.parse(argv)
     if args.ragged or args.sst:

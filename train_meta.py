@@ -345,8 +345,8 @@ def save(out, prompt, optimizer, step, log, best, t5, facts):
         return
 
     out.mkdir(parents=True, exist_ok=True)
-    tensors, state = {"prompt": prompt, "best": best}, {"step": step, "log": log}
-    state["digests"] = facts["digests"]
+    tensors = {"prompt": prompt, "best": best}
+    state = {"step": step, "log": log, "digests": facts["digests"]}
     data.save_state(out / "checkpoint.safetensors", tensors, optimizer, state)
     data.write_examples(out / "log.jsonl", log)
     score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
