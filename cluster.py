@@ -157,6 +157,7 @@ def plot(embeddings, panels, seed, sample=2500):
 
 
 def read_texts(source, task):
+    """Yields the texts of the source's examples."""
     for example in data.read_examples(source, task):
         yield data.text_of(example, task)
 
@@ -217,6 +218,7 @@ def embed(texts, count, path, encoder, device, size=20_000):
 
 
 def write_zeros(path, shape):
+    """Writes an array of zeros that takes no memory."""
     with open(path, "wb") as file:
         np.save(file, np.broadcast_to(np.float32(0), shape), allow_pickle=False)
 
@@ -340,6 +342,7 @@ def write_clusters(out, source, task, clusters, kept):
 
 
 def main(argv=None):
+    """Reads the flags and makes the meta-tasks."""
     parser = data.Parser(__doc__)
     parser.add_config_flag()
     source = "the examples to cluster, JSON lines with a task.json beside them"

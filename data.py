@@ -152,6 +152,7 @@ def read_examples(path, task, labelled=True):
 
 
 def unpacked_name(path):
+    """A file's name without .gz or .xz."""
     return re.sub(r"\.(gz|xz)$", "", Path(path).name)
 
 
@@ -745,6 +746,7 @@ def load_labeller(args, task):
 
 
 def write_block(path, examples, counts):
+    """Writes what label_block gave."""
     block = json.dumps({"counts": counts, "examples": examples}, ensure_ascii=False)
     write_beside(path, lambda beside: beside.write_bytes(gzip.compress(block.encode())))
 
@@ -978,6 +980,19 @@ def pretrain_t5(args):
     dtype = getattr(torch, args.dtype)
     rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, args.warmup)
     steps = pretrain(t5, draw, optimizer, range(step, args.max_steps), rate, dtype)
+    validate = partial(validate_t5, t5, models, held_out, validations, dtype)
+    save = partial(save_pretraining, out, t5, tokenizer, optimizer, digests)
+    run_pretraining(args, steps, step, log, validate, save)
+
+    size = sum(weights.numel() for weights in t5.parameters()) / 1e6
+    print(
+        f"wrote {out}: a T5 of {size:.2f} million parameters after {log[-1]['step']:,} steps; held "
+        f"out: loss {log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
+    )
+
+
+def run_pretraining(args, steps, step, log, validate, save):
+    """Makes the steps, and at every validation a line of the log and a checkpoint."""
     began, seen = time.time(), 0
     bar = tqdm(total=args.max_steps, initial=step, desc="pretrain", unit=" steps", disable=None)
     with StopSignal() as stop, bar:
@@ -990,18 +1005,11 @@ def pretrain_t5(args):
             if not (stop or step % args.eval_every == 0 or step == args.max_steps):
                 continue
 
-            scores = validate_t5(t5, models, held_out, validations, dtype)
-            log.append({"step": step, **scores, "tokens_per_second": round(speed)})
-            save_pretraining(out, t5, tokenizer, optimizer, step, log, digests)
+            log.append({"step": step, **validate(), "tokens_per_second": round(speed)})
+            save(step, log)
             bar.write(" ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
             if stop:
                 raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {CONTINUES}")
-
-    size = sum(weights.numel() for weights in t5.parameters()) / 1e6
-    print(
-        f"wrote {out}: a T5 of {size:.2f} million parameters after {step:,} steps; held out: loss "
-        f"{log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
-    )
 
 
 def labelled_splits(args, folder, task, excluded):
@@ -1124,7 +1132,7 @@ def validate_t5(t5, models, windows, validations, dtype):
     return {"loss": np.mean(losses), "label_loss": mean("loss"), "accuracy": mean("accuracy")}
 
 
-def save_pretraining(out, t5, tokenizer, optimizer, step, log, digests):
+def save_pretraining(out, t5, tokenizer, optimizer, digests, step, log):
     """Writes the T5 so far, and what a continued run needs."""
     weights = {f"weights.{name}": values for name, values in t5.named_parameters()}
     facts = {"step": step, "log": log, "digests": digests}
@@ -1342,6 +1350,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, help=help.replace("%", "%%"), default=default, **kwargs)
 
     def add_switch(self, flag, help):
+        """Adds a flag without a value."""
         self.add(flag, help, False, action="store_true")
 
     def add_setting(self, flag, help, settings, **kwargs):
@@ -1351,6 +1360,7 @@ class Parser(argparse.ArgumentParser):
         self.add(flag, f"{help} (default: {', '.join(defaults)})", **kwargs)
 
     def add_config_flag(self):
+        """The flag that parse() reads first."""
         self.add(
             "--config",
             "a JSON file of flags, as arguments.json of an earlier run; flags given beside it win, "
@@ -1498,6 +1508,7 @@ def folder(text):
 
 
 def file_or_folder(text):
+    """A file or a folder that is there."""
     return text if Path(text).is_dir() else file(text)
 
 
@@ -1687,6 +1698,7 @@ def end(message, status):
 
 
 def add_convert(command):
+    """The flags of `convert`."""
     command.add_argument("dataset", choices=DATASETS)
     source = "the official file, or the folder of them"
     command.add("--input", source, required=True, type=file_or_folder)
@@ -1696,6 +1708,7 @@ def add_convert(command):
 
 
 def add_labeller(command):
+    """The flags of `labeller`."""
     base = "a sequence classifier's base by hub name or folder"
     validation = "training examples to validate on where there is no validation.jsonl"
     command.add("--task", "the task to train on", required=True, type=folder, metavar="FOLDER")
@@ -1714,6 +1727,7 @@ def add_labeller(command):
 
 
 def add_pseudo_label(command):
+    """The flags of `pseudo-label`."""
     corpus = "OpenWebText's tar, other tars of .txt files, .txt or .jsonl files; packed or not"
     sure = "the least probability to keep a text: one value, or one for each class"
     many = "examples of each class at most (default: as many as the smallest class has)"
@@ -1734,6 +1748,7 @@ def add_pseudo_label(command):
 
 
 def add_pretrain(command):
+    """The flags of `pretrain`."""
     corpus = "text to pre-train on, in the form that pseudo-label takes"
     task = "tasks whose examples are a part of it, as text"
     held_out = "examples of a task to validate on where there is no validation.jsonl"
@@ -1764,12 +1779,14 @@ def add_pretrain(command):
 
 
 def add_demo(command):
+    """The flags of `demo`."""
     command.add("--out", "the folder to write", "demo", metavar="FOLDER")
     command.add("--max-steps", "steps of pre-training its T5", 1500, type=whole(1))
     command.add_switch("--restart", "makes it anew")
 
 
 def main(argv=None):
+    """Runs one of the five commands."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_convert(commands.add_parser("convert", help="a dataset's official files as a task folder"))

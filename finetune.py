@@ -673,6 +673,7 @@ def gain(ours, theirs):
 
 
 def seeds_of(line):
+    """The seeds of a line {(prompt, seed): accuracy}."""
     return {seed for _, seed in line}
 
 
@@ -696,6 +697,7 @@ def print_table(title, rows):
 
 
 def print_confusion(words, counts):
+    """Prints one confusion matrix, [true][predicted]."""
     rows = [[word, *map(str, line)] for word, line in zip(words, counts)]
     print_table("The label down, the prediction across:", [["", *words], *rows])
 
@@ -824,6 +826,7 @@ def plot(curves, x):
 
 
 def start_of_prompt(text):
+    """What --prompt takes."""
     return text if text == "random" else data.folder(text)
 
 
@@ -877,6 +880,7 @@ def make_parser():
 
 
 def main(argv=None):
+    """Reads the flags; then the runs, a report or predictions."""
     parser = make_parser()
     args = parser.parse(argv)
     if args.predict and args.prompt == ["random"]:

@@ -321,6 +321,7 @@ class PromptedT5(torch.nn.Module):
 
 
 def at_least_float32(logits):
+    """Logits in a precision in which a softmax can be taken; float64 stays."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 

@@ -404,10 +404,12 @@ def search(args):
 
 
 def start_of_prompt(text):
+    """What --init takes."""
     return text if text in ("vocab", "normal") else data.folder(text)
 
 
 def main(argv=None):
+    """Reads the flags and learns a prompt, or with --search one for every pair of rates."""
     parser = data.Parser(__doc__)
     parser.add_config_flag()
     source = "source data with clusters, as cluster.py writes it"
