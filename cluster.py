@@ -218,7 +218,7 @@ def embed(texts, count, path, encoder, device, size=20_000):
 
 
 def write_zeros(path, shape):
-    """Writes an array of zeros that takes no memory."""
+    """Writes an array of zeros without holding it in memory."""
     with open(path, "wb") as file:
         np.save(file, np.broadcast_to(np.float32(0), shape), allow_pickle=False)
 

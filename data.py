@@ -1507,6 +1507,11 @@ def folder(text):
     return text
 
 
+def folder_or(*words):
+    """A folder that is there, or one of `words`."""
+    return lambda text: text if text in words else folder(text)
+
+
 def file_or_folder(text):
     """A file or a folder that is there."""
     return text if Path(text).is_dir() else file(text)

@@ -254,7 +254,7 @@ def load_task(folder, t5, tokenizer, args):
         test = [test[i] for i in order[: args.max_test]]
 
     print_test(model.task, test)
-    test.sort(key=lambda example: sum(len(example[field]) for field in model.task.fields))
+    test.sort(key=lambda example: len(data.text_of(example, model.task)))
     made = data.provenance(args.device, *paths)
     return {"model": model, "splits": splits, "test": list(data.encoded(model, test)), "made": made}
 
@@ -825,11 +825,6 @@ def plot(curves, x):
 # -------------------------------------------------------------------------------- The command line
 
 
-def start_of_prompt(text):
-    """What --prompt takes."""
-    return text if text == "random" else data.folder(text)
-
-
 def make_parser():
     """The flags of this script."""
     whole, positive = data.whole, data.positive
@@ -846,7 +841,8 @@ def make_parser():
     )
     parser.add("--model", model)
     prompts = "where prompt tuning starts: random, or prompts' folders"
-    parser.add("--prompt", prompts, ["random"], type=start_of_prompt, nargs="+", metavar="FOLDER")
+    start = data.folder_or("random")
+    parser.add("--prompt", prompts, ["random"], type=start, nargs="+", metavar="FOLDER")
     parser.add("--shots", "training examples", [40], type=whole(1), nargs="+")
     parser.add("--seeds", "each draws its own examples", seeds, type=whole(0), nargs="+")
     parser.add("--out", out, metavar="FILE")

@@ -403,11 +403,6 @@ def search(args):
         )
 
 
-def start_of_prompt(text):
-    """What --init takes."""
-    return text if text in ("vocab", "normal") else data.folder(text)
-
-
 def main(argv=None):
     """Reads the flags and learns a prompt, or with --search one for every pair of rates."""
     parser = data.Parser(__doc__)
@@ -429,9 +424,8 @@ def main(argv=None):
     parser.add_setting("--patience", patience, SETTINGS, type=whole(1))
     parser.add("--source-size", "draws so many source examples (default: all)", type=whole(1))
     parser.add("--validation", "examples held out, evenly over clusters", 640, type=whole(1))
-    parser.add(
-        "--init", "the start: vocab, normal, or a prompt's folder", "vocab", type=start_of_prompt
-    )
+    start = data.folder_or("vocab", "normal")
+    parser.add("--init", "the start: vocab, normal, or a prompt's folder", "vocab", type=start)
     parser.add("--tasks-per-pass", "meta-tasks of a forward pass", 4, type=whole(1))
     parser.add_switch("--search", "tries A.3's learning rates and keeps the best by validation")
     parser.add("--seed", "of the random prompt, the split and every draw", 1, type=whole(0))
