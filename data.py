@@ -1161,7 +1161,7 @@ def load_pretraining(out, t5, optimizer, digests, restart):
                 weights.copy_(tensors[f"weights.{name}"])
 
     check_digests(out, facts.get("digests", {}), digests)
-    print(f"continues {out} from step {step:,}", flush=True)
+    print(f"{out} stands at step {step:,}", flush=True)
     return step, log
 
 

@@ -378,7 +378,7 @@ def load_checkpoint(out, prompt, optimizer, facts, restart):
 
     data.check_digests(out, header.get("digests", {}), facts["digests"])
     if data.rank_and_world()[0] == 0:
-        print(f"continues {out} from step {step:,}", flush=True)
+        print(f"{out} stands at step {step:,}", flush=True)
 
     return step, log, best
 
