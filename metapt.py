@@ -153,12 +153,15 @@ class PromptedT5(torch.nn.Module):
         self.special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
         pieces = [self._pieces(word) for word in task.words]
+        problems = []
         for word, ids in zip(task.words, pieces):
-            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id or pieces.count(ids) > 1:
-                raise InputError(
-                    f"task {task.name}: the word {word!r} is not one piece of the tokenizer, its "
-                    f"own, but {tokenizer.convert_ids_to_tokens(ids)}; choose another word"
-                )
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+                shown = tokenizer.convert_ids_to_tokens(ids)
+                problems.append(f"{word!r} is not one piece of the tokenizer, but {shown}")
+            elif pieces.count(ids) > 1:
+                problems.append(f"{word!r} is the same piece as another word")
+        if problems:
+            raise InputError(f"task {task.name}: {'; '.join(problems)}; choose other words")
 
         start_id = t5.config.decoder_start_token_id
         start_id = t5.config.pad_token_id if start_id is None else start_id

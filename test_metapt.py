@@ -2419,7 +2419,8 @@ def test_a_wrong_tokenizer_or_word_is_refused(tokenizer):
 
     refused("'badish' is not one piece", ["badish", "good"])
     refused("'' is not one piece", ["", "good"])
-    refused("'Good' is not one piece of the tokenizer, its own", ["Good", "good"])  # no capitals
+    refused("'Good' is the same piece as another word", ["Good", "good"])  # no capitals
+    refused("'badish' is not one piece .*; 'goodish' is not one piece", ["badish", "goodish"])
     refused("more pieces than the model knows", size=99)
     plain = copy.deepcopy(tokenizer)
     plain.pad_token = None
