@@ -247,8 +247,8 @@ def check_sizes(source, clusters, least, drop_small):
         if not drop_small or len(small) == kept.sum():
             raise InputError(
                 f"{source}: cluster {small[0]} has {sizes[small[0]]} examples, fewer than the "
-                f"{needed} that support, query and validation take: lower --k or --min-size, or "
-                "drop it with --drop-small"
+                f"{needed} that support, query and validation take: lower --k, or "
+                "--min-size and train_meta.py's --validation, or drop it with --drop-small"
             )
 
         dropped = sizes[small].sum()

@@ -223,7 +223,7 @@ def load_task(folder, t5, tokenizer, args):
     model = PromptedT5(t5, tokenizer, Task.load(folder), args.max_length)
     paths = [folder / "train.jsonl", folder / "test.jsonl"]
     if not paths[1].exists():
-        mend = "write one as train.jsonl is; data.py convert takes the official one or --test-share"
+        mend = "move lines of train.jsonl there, as data.py convert does with --test-share"
         raise InputError(f"{paths[1]}: no such file; {mend}")
 
     examples = data.read_examples(paths[0], model.task)
