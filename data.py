@@ -175,7 +175,8 @@ def check_example(example, task, labelled=True):
     label = example.get("label")
     if labelled and (type(label) is not int or not 0 <= label < len(task.words)):
         last = len(task.words) - 1
-        raise ValueError(f"label {label!r} is not one of 0 to {last}, the indices of {task.words}")
+        words = f"the indices of task.json's words {task.words}"
+        raise ValueError(f"label {label!r} is not one of 0 to {last}, {words}")
 
     confidence = example.get("confidence", 1)
     if type(confidence) not in (int, float) or not 0 <= confidence <= 1:

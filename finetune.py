@@ -398,8 +398,11 @@ def predict(args):
     """Labels the texts of a file with a tuned prompt: JSON lines with the label, its word and every
     word's probability, to args.out or to standard output."""
     _, facts = load_prompt(args.prompt[0])
-    kept = "not a prompt that --save kept, so it does not say its task; name a --task"
-    with blame(args.prompt[0], kept, TypeError):
+    if not args.task and "template" not in facts:
+        message = "it does not say its task, as a prompt that --save kept does; name a --task"
+        raise InputError(f"{args.prompt[0]}: {message}")
+
+    with blame(args.prompt[0], "name a --task", TypeError):
         max_length = args.max_length
         if "settings" in facts:
             max_length = int(facts["settings"]["max_length"])
@@ -455,7 +458,8 @@ NAMES = {
 }
 LEGEND = (
     "PT: prompt tuning from a random start. PPT: from a prompt pre-trained on source data. MetaPT: "
-    "from a prompt\nmeta-learned on it. FT: full tuning, all weights of T5 and no prompt.\n"
+    "from a prompt\nmeta-learned on it. FT: full tuning, all weights of T5 and no prompt. A run answers "
+    "with a task word where\nthe most probable token of the whole vocabulary is a word of the task.\n"
 )
 # What a line of results must hold.
 KINDS = dict.fromkeys(("task", "method", "prompt", "digest", "data"), str)

@@ -512,7 +512,10 @@ def load_t5(name, device="cpu", dtype="float32"):
     """A T5, T5 v1.1, flan-t5 or LM-adapted T5 by hub name or folder, and its tokenizer. Reads
     safetensors only and runs no code that comes with a model. Raises InputError."""
     with blame(name, "give a T5 by hub name or folder, as google-t5/t5-base", Exception):
-        if str(name)[0] in "./" and not Path(name).is_dir():
+        # A misspelt folder of one's own is not asked of the hub, which would take half a minute.
+        parent = Path(name).parent
+        own = str(name)[0] in "./" or (parent != Path() and parent.is_dir())
+        if own and not Path(name).is_dir():
             raise ValueError("no such folder")
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != "t5":

@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import statistics
@@ -629,12 +630,16 @@ def test_a_prompt_of_peft_is_read(world, tmp_path, capsys):
         load_prompt(tmp_path / "theirs")
 
 
-def test_a_model_that_is_no_t5_is_refused(tmp_path):
+def test_a_model_that_is_no_t5_is_refused(tmp_path, monkeypatch):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no T5 but bert"):
         metapt.load_t5(tmp_path)
     with pytest.raises(InputError, match="nothing: .*give a T5"):
         metapt.load_t5(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(InputError, match="demo/t6: no such folder"):
+        metapt.load_t5("demo/t6")  # without asking the hub
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -1530,6 +1535,8 @@ def test_finetune_saves_and_predicts(world, tmp_path, capsys):
     texts.write_text("\n")
     with pytest.raises(InputError, match="new.txt: no text to label"):
         run(finetune, predict=texts, prompt=tuned, device="cpu")
+    with pytest.raises(InputError, match="meta: it does not say its task, .*name a --task"):
+        run(finetune, predict=texts, prompt=tmp_path / "meta", device="cpu")
 
 
 def test_other_data_or_a_missing_folder_makes_a_run_new(world, tmp_path, capsys):
@@ -2514,7 +2521,10 @@ def test_help_waits_for_no_import_whatever_stands_beside_it(words):
 
 # ------------------------------------------------------------ The README: what it shows, runs
 
-README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+HOUSE = Path(__file__).parent
+README = (HOUSE / "README.md").read_text(encoding="utf-8")
+# How the README's table and pictures were made: commands of their own.
+FIGURES = (HOUSE / "figures" / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {name: sys.modules[Path(name).stem] for name in data.SCRIPTS}
 # What README's commands are run with behind their own flags, so that they take no time.
 SMALL = {
@@ -2546,9 +2556,9 @@ def fenced(language):
 
 
 def shell_pieces():
-    """Everything in the README that is to be typed into a shell, from top to bottom."""
+    """Everything in both pages that is to be typed into a shell, from top to bottom."""
     commands = r"^```bash\n(.*?)^```|`((?:for |python |\w+\.py )[^`]* --[^`]*)`"
-    for block, inline in re.findall(commands, README, re.M | re.S):
+    for block, inline in re.findall(commands, README + FIGURES, re.M | re.S):
         text = block or re.sub(r"^(\w+\.py)", r"python \1", inline)
         for ours, small in EXCHANGED.items():
             text = text.replace(ours, small)
@@ -2565,6 +2575,33 @@ def taken_apart(text, folder):
     shell = ["bash", "-euc", stand_ins + text]
     done = subprocess.run(shell, cwd=folder, capture_output=True, text=True, check=True)
     return [words.splitlines() for words in done.stdout.split("END\n")[:-1]]
+
+
+def pack_real(folder):
+    """Writes the four downloads that figures/real.py reads, each of the same 200 reviews."""
+    rows = [(review["label"], review["text"]) for review in make_examples(200, 7)]
+    films, products, domains, vader = {}, "", "", ""
+    for i, (label, text) in enumerate(rows):
+        films[f"aclImdb/train/{'pos' if label > 2 else 'neg'}/{i}_{2 * label + 1}.txt"] = text
+        films[f"aclImdb/train/unsup/{i}_0.txt"] = f"{text}<br /><br />{text}"
+        tagged = f"<rating>\n{label + 1}.0\n</rating>\n<review_text>\n{text}\n</review_text>"
+        products += f"<review>\n{tagged}\n</review>\n"
+        domains += f"{int(label > 2)}\t{text}\n"
+        vader += f"{i}\t{label - 2}\t{text}\n"
+
+    kinds = "train", "test", "unlabel"
+    domains = {f"mtl-dataset/{name}.task.{k}": domains for name in ("MR", "toys") for k in kinds}
+    kinds = "amazonReviewSnippets", "nytEditorialSnippets", "tweets"
+    rated = {f"hutto_ICWSM_2014/{kind}_GroundTruth.txt": vader for kind in kinds}
+    inner = pack(folder / "inner.tgz", rated).read_bytes()
+    downloads = {
+        "aclImdb_v1": films,
+        "domain_sentiment_data": {"sorted_data_acl/books/positive.review": products},
+        "fudan-mtl-dataset": domains,
+        "vaderSentiment-3.3.2": {"additional_resources/hutto_ICWSM_2014.tar.gz": inner},
+    }
+    for name, files in downloads.items():
+        pack(folder / f"{name}.tgz", files).rename(folder / f"{name}.tar.gz")
 
 
 @pytest.fixture
@@ -2586,13 +2623,9 @@ def readers_folder(world, labeller, tmp_path, monkeypatch):
     web = [review["text"] for review in make_examples(6000)]
     texts = {f"{i}.txt": "\n".join(web[i::40]) for i in range(40)}
     pack(tmp_path / "openwebtext.tar", texts)
-    (tmp_path / "imdb-unlabelled.txt").write_text("\n".join(web[:200]))
-    for name in ("amazon-unlabelled.jsonl", "open.jsonl"):
-        data.write_examples(tmp_path / name, make_examples(400, 7))
     for name in "yelp5 sst5 sst2 sentihood semeval_restaurant amazon5".split():
         shutil.copytree(world / "books", tmp_path / "tasks" / name)
-    for name in "stars amazon-two snippets".split():
-        shutil.copytree(world / "corpus", tmp_path / "tasks" / name)
+    pack_real(tmp_path)
     packed = data.lzma.compress((tmp_path / "openwebtext.tar").read_bytes())
     (tmp_path / "openwebtext.tar.xz").write_bytes(packed)
 
@@ -2622,6 +2655,8 @@ def test_every_command_and_snippet_of_the_readme_runs(readers_folder, capsys):
     ran = []
     for piece in shell_pieces():
         for script, *words in taken_apart(piece, readers_folder):
+            if script == "figures/real.py":
+                runpy.run_path(str(HOUSE / script))["main"]()
             if script == "-m" or not words:
                 continue
             kind = f"{script} {words[0]}" if f"{script} {words[0]}" in SMALL else script
@@ -2637,6 +2672,27 @@ def test_every_command_and_snippet_of_the_readme_runs(readers_folder, capsys):
         assert (readers_folder / name).exists()
 
 
+def test_the_inputs_of_the_real_text_run_are_what_the_downloads_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(HOUSE / "figures" / "real.py"))["main"]
+    with pytest.raises(InputError, match="aclImdb_v1.tar.gz: No such file .*; download it to the"):
+        main()
+    pack_real(tmp_path)
+    main()
+    reviews = make_examples(200, 7)
+    of = lambda name: [(row["text"], row["label"]) for row in read_lines(Path("tasks", name))]
+    rated = [(review["text"], review["label"]) for review in reviews]
+    assert of("stars/train.jsonl") == of("snippets/train.jsonl") == 2 * rated
+    two = [(text, int(label > 2)) for text, label in rated]
+    assert of("amazon-two/train.jsonl") == 2 * two  # without the domain of films
+    texts = [text for text, _ in rated]
+    films = [f"{text} {text}" for text in texts]
+    assert Path("imdb-unlabelled.txt").read_text().splitlines() == films
+    assert [row["text"] for row in read_lines(Path("amazon-unlabelled.jsonl"))] == texts
+    opened = [row["text"] for row in read_lines(Path("open.jsonl"))]
+    assert opened[:200] == texts and sorted(opened[200:]) == sorted(texts)
+
+
 def test_every_flag_and_name_in_the_readme_is_there(capsys):
     flags = set()
     commands = ("convert", "labeller", "pseudo-label", "pretrain", "demo")
@@ -2646,12 +2702,13 @@ def test_every_flag_and_name_in_the_readme_is_there(capsys):
         with pytest.raises(SystemExit):
             main([*words, "--help"])
         flags |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-    prose = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--nproc"}  # torchrun's
+    prose = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README + FIGURES))
+    prose -= {"--nproc", "--no-deps", "--no-binary"}  # torchrun's, pip's
     assert prose <= flags, prose - flags
 
     the_map = README.split("## The map")[1].split("\n## ")[0]
     rows = [row.split("|")[2] for row in the_map.splitlines() if ".py: " in row]
-    assert len(rows) > 15
+    assert len(rows) > 12
     for row in rows:
         module = re.search(r"`(\w+)\.py: ", row)[1]
         names = re.findall(r"`([\w.*]+)`", row.replace(f"{module}.py: ", ""))
