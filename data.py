@@ -1504,7 +1504,8 @@ def file(text):
 def folder(text):
     """A folder that is there."""
     if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+        makers = "data.py makes tasks, train_meta.py prompts"
+        raise argparse.ArgumentTypeError(f"{text}: no such folder; {makers}")
     return text
 
 

@@ -2353,7 +2353,7 @@ BAD_FLAGS = [
     (train_meta, ["--source", "{demo}/source/examples.jsonl", "--out", "x"], "no clusters, or not"),
     (train_meta, ["--sources", "x"], "the following arguments are required: --source"),
     (train_meta, ["--config", "{demo}/ft.json", "--source", "x"], "has no flag --task; remove it"),
-    (finetune, ["--task", "nothing"], "--task: nothing: no such folder"),
+    (finetune, ["--task", "nothing"], "--task: nothing: no such folder; data.py makes tasks"),
     (finetune, [*BOOKS, "--prompt", "nothing"], "--prompt: nothing: no such folder"),
     (finetune, [*BOOKS, "--prompt", "{demo}/t5"], "t5/adapter_config.json: No such file or direct"),
     (finetune, ["--task", "{demo}/books", "--model", "{demo}"], "demo: .*give a T5 by hub name"),
