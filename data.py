@@ -335,8 +335,9 @@ TREES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
 GLUE = {"train": "train.txt train.tsv", "validation": "dev.txt", "test": "test.txt dev.tsv"}
 ZHANG = {"train": "train.csv", "test": "test.csv"}
 SENTIHOOD = {"train": "*train*.json", "validation": "*dev*.json", "test": "*test*.json"}
-RESTAURANTS = {"train": "*Rest*Train*.xml", "test": "*REST*TEST*.gold"}
-LAPTOPS = {"train": "*Lap*Train*.xml", "test": "*LAPT*TEST*.gold"}
+# Of several names the last that fits: SB1 has a sentence's opinions, SB2 a whole review's.
+RESTAURANTS = {"train": "*Rest*Train*.xml *Rest*Train*SB1*.xml", "test": "*REST*TEST*.gold"}
+LAPTOPS = {"train": "*Lap*Train*.xml *Lap*Train*SB1*.xml", "test": "*LAPT*TEST*.gold"}
 DATASETS = {
     "sst5": (5, partial(read_sst, classes=5), TREES),
     "sst2": (2, read_sst2, GLUE),
@@ -856,7 +857,7 @@ def corrupt(ids, sentinels, rng, density=0.15, mean_length=3):
     on average, 15 % of all, are lost; a sentinel stands for each, and the target spells them out.
     """
     lost = min(max(round(density * len(ids)), 1), len(ids) - 1)
-    spans = min(max(round(lost / mean_length), 1), len(ids) - lost)
+    spans = min(max(round(lost / mean_length), 1), len(ids) - lost, len(sentinels) - 1)
     source, target, at = [], [], 0
     lengths = zip(
         sentinels, split_at_random(len(ids) - lost, spans, rng), split_at_random(lost, spans, rng)
@@ -1506,7 +1507,7 @@ def folder(text):
     if not Path(text).is_dir():
         makers = "data.py makes tasks, train_meta.py prompts"
         raise argparse.ArgumentTypeError(f"{text}: no such folder; {makers}")
-    return text
+    return str(Path(text))  # without a slash at its end: results know a folder by its name
 
 
 def folder_or(*words):
@@ -1620,7 +1621,7 @@ def check_digests(out, before, now):
     """Raises InputError where the files of a run that is continued are not those it began with."""
     for file, found in now.items():
         if before.get(file) != found:
-            message = f"not the file that the run in {out} began with"
+            message = f"not the one that the run in {out} began with"
             raise InputError(f"{file}: {message}; give another --out or --restart")
 
 
@@ -1651,6 +1652,13 @@ def digest(path):
         for block in iter(lambda: file.read(2**20), b""):
             found.update(block)
     return found.hexdigest()[:16]
+
+
+def fingerprint(t5):
+    """The first 16 digits of the SHA-256 of a T5's embedding table, which tells it from another T5
+    that was in the same folder: every pre-training changes it. Of any --dtype the same."""
+    table = t5.get_input_embeddings().weight.detach().to("cpu", torch.bfloat16)
+    return hashlib.sha256(table.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 class StopSignal:

@@ -156,7 +156,7 @@ def macro_f1(confusion):
 # The arguments that a result depends on: a run with others is another run.
 RESULT_ARGUMENTS = (
     "model learning_rate batch_size patience max_epochs max_steps weight_decay max_length "
-    "validation_shots balanced max_test dtype matmul"
+    "validation_shots balanced max_test dtype matmul prompt_length"
 ).split()
 SOURCE_FACTS = ("clustering", "clusters", "source_size", "source_task")  # for Table 2, Figure 3
 # The arguments of train_meta.py in which two trainings of one prompt may differ.
@@ -256,6 +256,7 @@ def load_task(folder, t5, tokenizer, args):
     print_test(model.task, test)
     test.sort(key=lambda example: len(data.text_of(example, model.task)))
     made = data.provenance(args.device, *paths)
+    made["digests"][args.model] = data.fingerprint(t5)
     return {"model": model, "splits": splits, "test": list(data.encoded(model, test)), "made": made}
 
 
@@ -304,6 +305,7 @@ def begin(run):
     else:
         start, facts = load_prompt(run["prompt"], width)
 
+    kept["prompt_length"] = len(start)
     what = json.dumps([model.task.template, model.task.words, *made["digests"].values()])
     row = {
         "task": model.task.name,
@@ -533,9 +535,16 @@ def method_name(row):
 
 
 def newest(results):
-    """The rows without those of a prompt that was made anew under its old name since."""
-    last = {row["prompt"]: row["digest"] for row in results if row["prompt"] != "random"}
-    return [row for row in results if last.get(row["prompt"], row["digest"]) == row["digest"]]
+    """The rows without those of a prompt, a task or a T5 that was made anew under its old name
+    since."""
+    prompts = {row["prompt"]: row["digest"] for row in results if row["prompt"] != "random"}
+    tasks = {(row["task"], row["settings"]["model"]): row["data"] for row in results}
+    rows = []
+    for row in results:
+        same_prompt = prompts.get(row["prompt"], row["digest"]) == row["digest"]
+        if same_prompt and tasks[row["task"], row["settings"]["model"]] == row["data"]:
+            rows.append(row)
+    return rows
 
 
 def varying(rows, keys):
@@ -744,7 +753,7 @@ def print_report(args):
     lines = table_lines(results)
     names = []
     for _, _, method, details in lines:
-        names += filter(None, [method, details])
+        names += filter(None, [method, details, *details.split(", ")])
 
     prompts = [name[3] for name in lines if name[2] == "MetaPT"]
     against = args.against or (prompts or names)[0]

@@ -44,7 +44,7 @@ class InputError(ValueError):
 
 
 class Diverged(InputError):
-    """No validation of a training had a finite loss."""
+    """A training's losses are not finite, so that no prompt or T5 came of it."""
 
 
 # ------------------------------------------------------------- Section 3: the task as text, the T5

@@ -848,6 +848,7 @@ def test_read_semeval(tmp_path, encoding):
 def test_convert_counts_what_it_drops_and_can_make_a_test_split(tmp_path, capsys):
     path = tmp_path / "ABSA16_Restaurants_Train_SB1_v2.xml"
     path.write_text(SEMEVAL.format(encoding="UTF-8"), encoding="utf-8")
+    (tmp_path / "ABSA16_Restaurants_Train_English_SB2.xml").write_text("<Reviews/>")
     out = tmp_path / "task"
     run(data, "convert", "semeval_restaurant", input=tmp_path, out=out, test_share=0.34)
     printed = capsys.readouterr().out
@@ -1036,7 +1037,7 @@ def test_learn_tokenizer_keeps_words_whole():
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the plot"
 
 
-@pytest.mark.parametrize("length", [2, 3, 7, 64, 500])
+@pytest.mark.parametrize("length", [2, 3, 7, 64, 500, 3000])
 def test_corrupted_spans_fit_back_into_the_text(length):
     rng = np.random.default_rng(length)
     sentinels = list(range(1000, 1100))
@@ -1403,13 +1404,34 @@ def test_a_run_goes_on_with_its_own_data_only(world, tmp_path):
     source = tmp_path / "source" / "clustered.jsonl"
     learn(world, tmp_path / "run", source=source)
     source.write_text("".join(source.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(InputError, match="clustered.jsonl: not the file that the run"):
+    with pytest.raises(InputError, match="clustered.jsonl: not the one that the run"):
         learn(world, tmp_path / "run", source=source)
     shutil.copy(world / "source" / "clustered.jsonl", source)
     task = tmp_path / "source" / "task.json"
     task.write_text(task.read_text().replace("It was", "It is"))
-    with pytest.raises(InputError, match="task.json: not the file that the run"):
+    with pytest.raises(InputError, match="task.json: not the one that the run"):
         learn(world, tmp_path / "run", source=source)
+
+
+def test_a_t5_made_anew_in_its_folder_is_another(world, tmp_path, capsys):
+    shutil.copytree(world / "t5", tmp_path / "t5")
+    flags = {"model": tmp_path / "t5", "out": tmp_path / "r.jsonl", "task": world / "books"}
+    learn(world, tmp_path / "run", model=tmp_path / "t5")
+    tune(world, kind="ft", seeds=1, **flags)
+    t5, _ = metapt.load_t5(tmp_path / "t5")
+    with torch.no_grad():
+        t5.shared.weight += 1
+    t5.save_pretrained(tmp_path / "t5")
+    assert len(tune(world, kind="ft", seeds=1, **flags)) == 2
+    assert len(finetune.newest(read_lines(tmp_path / "r.jsonl"))) == 1
+    with pytest.raises(InputError, match="t5: not the one that the run"):
+        learn(world, tmp_path / "run", model=tmp_path / "t5")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_t5s_fingerprint_is_of_its_weights_alone(world, dtype):
+    t5 = metapt.load_t5(world / "t5", dtype=dtype)[0]
+    assert data.fingerprint(t5) == data.fingerprint(metapt.load_t5(world / "t5")[0])
 
 
 def test_a_broken_checkpoint_names_restart(world, tmp_path):
@@ -1451,7 +1473,7 @@ def test_a_step_that_is_not_finite_names_its_examples(world, tmp_path, monkeypat
 
     monkeypatch.setattr(train_meta, "meta_gradient", poisoned)
     message = "step 3: the loss or gradient of meta-task 2 is not finite on '.*it was"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(metapt.Diverged, match=message):
         learn(world, tmp_path / "run")
     assert calls == [4, 4, 4, 4, 1, 1, 1]
     assert load_prompt(tmp_path / "run")[0].isfinite().all()
@@ -1479,6 +1501,23 @@ def test_search_keeps_the_best_by_validation(world, tmp_path, monkeypatch):
     best = max(runs, key=lambda run: (run[1]["accuracy"], -run[1]["loss"]))
     assert torch.equal(prompt, best[0])
     assert load_prompt(tmp_path / "run")[1] == best[1]
+
+
+def test_search_leaves_out_rates_at_which_it_diverges(world, tmp_path, monkeypatch, capsys):
+    train = train_meta.train
+
+    def diverging(args):
+        if args.learning_rate > 0.1:
+            raise metapt.Diverged("step 3: the loss is not finite")
+        return train(args)
+
+    monkeypatch.setattr(train_meta, "train", diverging)
+    monkeypatch.setattr(train_meta, "BETAS", [0.3, 0.1])
+    learn(world, tmp_path / "ppt", "ppt", search=True)  # PPT has no α to search
+    assert "alpha0.08-beta0.1, the best of 1 by" in capsys.readouterr().out
+    monkeypatch.setattr(train_meta, "BETAS", [0.3])
+    with pytest.raises(InputError, match="it diverges with every pair of rates"):
+        learn(world, tmp_path / "none", "ppt", search=True)
 
 
 def test_source_size_and_the_facts_of_a_prompt(world, tmp_path):
@@ -1817,6 +1856,8 @@ def test_trainings_of_one_prompt_share_a_line_and_widen_its_interval(tmp_path, c
     rows += [
         result("ppt", accuracy, seed, "ppt-0", recipe="b") for seed, accuracy in enumerate(PPT)
     ]
+    report(tmp_path, rows, against="maml-1")  # any of a line's prompts names it
+    assert "Against maml-1" in capsys.readouterr().out
     report(tmp_path, rows, against="ppt-0")
     printed = " ".join(capsys.readouterr().out.split())
     deviation = np.std(100 * np.add.outer([-0.03, 0, 0.03], METAPT), ddof=1)
@@ -1828,6 +1869,19 @@ def test_trainings_of_one_prompt_share_a_line_and_widen_its_interval(tmp_path, c
     freedom = variance**2 / (over_draws**2 / 4 + over_trainings**2 / 2)
     half = pytest.importorskip("scipy.stats").t.ppf(0.975, freedom) * variance**0.5
     assert f"{name} +2.00 [{2 - half:+.2f}, {2 + half:+.2f}] |" in printed
+
+
+def test_a_table_holds_the_newest_of_a_task_and_no_two_lengths_in_a_line(tmp_path, capsys):
+    rows = [result("ppt", 0.1, seed, data="of an earlier test.jsonl") for seed in (1, 2, 3)]
+    rows += [result("ppt", 0.4, 1), result("ppt", 0.5, 1, model="other", data="as t5-base's not")]
+    for length, seed in ((20, 1), (20, 2), (100, 1)):
+        row = result("random", length / 100, seed, "random")
+        rows.append({**row, "settings": {**row["settings"], "prompt_length": length}})
+    report(tmp_path, rows)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "| PPT | prompts/ppt | 40.00 (1)" in printed and "| **50.00** (1)" in printed
+    assert "| random, prompt_length 20 | 20.00 ± 0.00 (2)" in printed
+    assert "| random, prompt_length 100 | **100.00** (1)" in printed
 
 
 def test_a_recipe_is_a_prompts_arguments_without_its_seed():

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import itertools
 import math
 import shutil
@@ -32,7 +33,7 @@ import data
 if not data.HELP:
     import torch
 
-    from metapt import InputError, PromptedT5, Task, adapt, adapt_all, best_of, blame
+    from metapt import Diverged, InputError, PromptedT5, Task, adapt, adapt_all, best_of, blame
     from metapt import linear_schedule, load_prompt, load_t5, meta_gradient, out_of_patience
     from metapt import read_json, save_prompt, write_beside
 
@@ -144,6 +145,7 @@ def train(args):
     task = Task.load(Path(args.source).parent)
     tasks, held_out, facts = read_source(args, task)
     model = PromptedT5(*load_t5(args.model, args.device, args.dtype), task, args.max_length)
+    facts["digests"][args.model] = data.fingerprint(model.t5)
     held_out = [encode_held_out(model, examples, m, ppt) for examples in held_out]
     data.try_place(out / "checkpoint.safetensors")
     step, log = learn(args, model, tasks, held_out, facts)
@@ -260,7 +262,7 @@ def shared_mean(score, prompt):
 
 
 def check_finite(args, model, prompt, drawn, step, gradient, loss):
-    """Raises InputError where the loss or the gradient of a step is not finite, and names the first
+    """Raises Diverged where the loss or the gradient of a step is not finite, and names the first
     meta-task of this process for which that is so, and its examples."""
     if gradient.isfinite().all() and loss.isfinite():
         return
@@ -277,7 +279,7 @@ def check_finite(args, model, prompt, drawn, step, gradient, loss):
             )
             break
 
-    raise InputError(
+    raise Diverged(
         f"step {step:,}: {problem}; {args.out} keeps the best prompt so far; lower --alpha or "
         "--learning-rate and give --restart"
     )
@@ -384,13 +386,19 @@ def load_checkpoint(out, prompt, optimizer, facts, restart):
 
 
 def search(args):
-    """Appendix A.3's search: a run for every α and β of the paper, each in a folder of its own in
-    args.out; the prompt with the best validation becomes the one of args.out."""
+    """Appendix A.3's search: a run for every α and β of the paper (PPT has no α), each in a folder
+    of its own in args.out; the prompt with the best validation becomes the one of args.out."""
     folders, scores = [], []
-    for alpha, beta in itertools.product(ALPHAS, BETAS):
-        folders.append(Path(args.out) / f"alpha{alpha}-beta{beta}")
-        run = {"alpha": alpha, "learning_rate": beta, "out": str(folders[-1])}
-        scores.append(train(argparse.Namespace(**{**vars(args), **run})))
+    alphas = [args.alpha] if args.method == "ppt" else ALPHAS
+    for alpha, beta in itertools.product(alphas, BETAS):
+        folder = Path(args.out) / f"alpha{alpha}-beta{beta}"
+        run = {"alpha": alpha, "learning_rate": beta, "out": str(folder)}
+        with contextlib.suppress(Diverged):  # a pair at which it diverges is no choice
+            scores.append(train(argparse.Namespace(**{**vars(args), **run})))
+            folders.append(folder)
+
+    if not scores:
+        raise Diverged(f"{args.out}: it diverges with every pair of rates; give another --source")
 
     best = best_of(scores)
     if data.rank_and_world()[0] == 0:
@@ -426,7 +434,7 @@ def main(argv=None):
     parser.add("--validation", "examples held out, evenly over clusters", 640, type=whole(1))
     start = data.folder_or("vocab", "normal")
     parser.add("--init", "the start: vocab, normal, or a prompt's folder", "vocab", type=start)
-    parser.add("--tasks-per-pass", "meta-tasks of a forward pass", 4, type=whole(1))
+    parser.add("--tasks-per-pass", "meta-tasks of a forward pass (Reptile: all)", 4, type=whole(1))
     parser.add_switch("--search", "tries A.3's learning rates and keeps the best by validation")
     parser.add("--seed", "of the random prompt, the split and every draw", 1, type=whole(0))
     parser.add_prompt_flags()
