@@ -8,7 +8,7 @@ K-means.
 
 The output holds the source's lines in their order, each with its "cluster". Where it is in another
 folder than the source, the source's task.json is copied beside it. Embeddings are stored beside the
-source and used again. The source is read line by line, more than once, and never held in memory.
+source and used again.
 """
 
 import signal
@@ -16,10 +16,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import array
-import collections
 import hashlib
-import itertools
 import json
 import math
 import sys
@@ -61,36 +58,21 @@ def kmeans(embeddings, k, seed):
     return clusters[:, 0], distances[:, 0]
 
 
-def lda(texts, count, vectorizer, k, seed, size=512, updates=100):
-    """Latent Dirichlet allocation, online: as many passes over the texts as make 100 updates of 512
-    texts. `texts` is called for each pass. Each text's most probable topic [N], and one minus that
+def lda(counts, k, seed, size=512, updates=100):
+    """Latent Dirichlet allocation of word counts [N, words], online: as many passes over them as
+    make 100 updates of 512 texts. Each text's most probable topic [N], and one minus that
     probability [N]."""
+    passes = math.ceil(updates * size / max(counts.shape[0], size))
     model = LatentDirichletAllocation(
-        k, learning_method="online", total_samples=count, random_state=seed
+        k, learning_method="online", batch_size=size, max_iter=passes, random_state=seed
     )
-    passes = math.ceil(updates * size / max(count, size))
-    for _ in range(passes):
-        for block in blocks(texts(), size):
-            model.partial_fit(vectorizer.transform(block))
-
-    clusters, distances = [], []
-    for block in blocks(texts(), size):
-        topics = model.transform(vectorizer.transform(block))
-        clusters.append(topics.argmax(1))
-        distances.append(1 - topics.max(1))
-
-    return np.concatenate(clusters), np.concatenate(distances)
+    topics = model.fit_transform(counts)
+    return topics.argmax(1), 1 - topics.max(1)
 
 
 def random_clusters(count, k, seed):
     """Clusters of one size, drawn at random [N]."""
     return np.random.default_rng(seed).permutation(count) % k
-
-
-def blocks(texts, size):
-    """Lists of `size` texts; the last is shorter."""
-    texts = iter(texts)
-    return iter(lambda: list(itertools.islice(texts, size)), [])
 
 
 # ---------------------------------------------------- Appendix B.2: what is in a cluster, Figure 4
@@ -106,23 +88,16 @@ def nearest(clusters, distances, count=3):
     return found
 
 
-def telling_words(texts, clusters, vectorizer, count=8):
+def telling_words(counts, clusters, words, count=8):
     """{cluster: the words that tell it from the others}, by the terms of the Kullback-Leibler
-    divergence between the words' shares within and without."""
+    divergence between the words' shares within and without. counts [N, words] are a text's."""
     names = np.unique(clusters)
-    held = np.zeros((len(names), len(vectorizer.vocabulary)))  # texts of a cluster with a word
-    start = 0
-    for block in blocks(texts, 10_000):
-        matrix, here = vectorizer.transform(block).sign(), clusters[start : start + len(block)]
-        for row, name in enumerate(names):
-            held[row] += np.asarray(matrix[here == name].sum(0))[0]
-        start += len(block)
-
+    held = [counts[clusters == name].sign().sum(0) for name in names]  # texts that hold a word
+    held = np.asarray(np.concatenate(held))
     within, without = held + 0.1, held.sum(0) - held + 0.1
     within /= within.sum(1, keepdims=True)
     without /= without.sum(1, keepdims=True)
     order = np.argsort(-within * np.log(within / without), 1)[:, :count]
-    words = vectorizer.get_feature_names_out()
     return {int(name): words[row].tolist() for name, row in zip(names, order)}
 
 
@@ -156,81 +131,54 @@ def plot(embeddings, panels, seed, sample=2500):
 # ------------------------------------------------------------ The run: files, continuing, errors
 
 
-def read_texts(source, task):
-    """Yields the texts of the source's examples."""
-    for example in data.read_examples(source, task):
-        yield data.text_of(example, task)
-
-
-def survey(source, task, words):
-    """One pass over the source: its labels [N], a digest of its texts, and the `words` words that
-    most of them hold, without English stop words. Raises InputError, so that nothing later meets a
-    broken line."""
-    labels, digest, counts = array.array("q"), hashlib.sha256(), collections.Counter()
-    analyze = CountVectorizer(stop_words="english").build_analyzer()
-    for example in tqdm(data.read_examples(source, task), "reading", disable=None):
-        text = data.text_of(example, task)
-        labels.append(example["label"])
-        digest.update(text.encode() + b"\n")
-        counts.update(set(analyze(text)))
-        if len(counts) > 100 * words:  # bounds the memory: rare words are not the most frequent
-            counts = collections.Counter(dict(counts.most_common(50 * words)))
-
-    frequent = [word for word, _ in counts.most_common(words)]
-    return np.array(labels), digest, frequent or ["none"]
-
-
-def embed(texts, count, path, encoder, device, size=20_000):
+def embed(texts, path, encoder, device, size=20_000):
     """Sentence embeddings of unit length, [N, d] float32, by a sentence-transformers model's name
     or folder; the folder of any transformer serves too, with the mean over its tokens. They are
-    stored at `path`, block after block, so that a stopped run continues, and mapped into memory
-    from there. Raises InputError."""
-    if path.exists():
-        return open_embeddings(path, "r", count)
+    written to a file block after block, so that a stopped run continues, and stored at `path`.
+    Raises InputError."""
+    if not path.exists():
+        with blame(encoder, "give a sentence-transformers model by hub name or folder", Exception):
+            weights = {"use_safetensors": True}
+            model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
 
-    with blame(encoder, "give a sentence-transformers model by hub name or folder", Exception):
-        weights = {"use_safetensors": True}
-        model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
+        partial, width = path.with_suffix(".rows"), model.get_embedding_dimension()
+        embed_blocks(model, texts, partial, width, device, size)
+        embeddings = np.fromfile(partial, np.float32).reshape(len(texts), width)
+        write_beside(path, lambda beside: write_array(beside, embeddings))
+        partial.unlink()
 
-    partial, shape = path.with_suffix(".partial"), (count, model.get_embedding_dimension())
-    if not partial.exists():  # in full, not as a hole: a disk that fills up kills what is mapped
-        write_beside(partial, lambda beside: write_zeros(beside, shape))
+    with blame(path, f"not the embeddings of {len(texts):,} texts: remove it"):
+        embeddings = np.lib.format.open_memmap(path, "r")  # it refuses objects: nothing pickled
+        if (embeddings.dtype, embeddings.ndim, len(embeddings)) != (np.float32, 2, len(texts)):
+            raise ValueError(f"{embeddings.dtype} of shape {embeddings.shape}")
 
-    embeddings = open_embeddings(partial, "r+", *shape)
+    return embeddings
 
+
+def embed_blocks(model, texts, path, width, device, size):
+    """Appends the embeddings of the texts that are not in the file yet."""
     several = device == "cuda" and torch.cuda.device_count() > 1
     pool = model.start_multi_process_pool() if several else None
-    bar = sys.stderr.isatty()
-    start = 0
-    for block in blocks(tqdm(texts, "embedding", count, disable=None), size):
-        rows = slice(start, start + len(block))
-        start += len(block)
-        if not embeddings[rows][-1].any():  # rows that are not written yet are zeros
-            how = {"batch_size": 128, "normalize_embeddings": True, "pool": pool}
-            embeddings[rows] = model.encode(block, show_progress_bar=bar, **how)
-            embeddings.flush()
+    how = {"batch_size": 128, "normalize_embeddings": True, "pool": pool}
+    with open(path, "ab") as file:
+        done = file.tell() // (4 * width)
+        file.truncate(4 * width * done)  # of a row that was written in part
+        with tqdm(total=len(texts), initial=done, desc="embedding", disable=None) as bar:
+            for start in range(done, len(texts), size):
+                block = texts[start : start + size]
+                rows = model.encode(block, show_progress_bar=sys.stderr.isatty(), **how)
+                file.write(rows.astype(np.float32).tobytes())
+                file.flush()
+                bar.update(len(block))
 
     if pool:
         model.stop_multi_process_pool(pool)
 
-    partial.rename(path)
-    return open_embeddings(path, "r", count)
 
-
-def write_zeros(path, shape):
-    """Writes an array of zeros without holding it in memory."""
+def write_array(path, array):
+    """NumPy's own form, at a path that does not end in .npy."""
     with open(path, "wb") as file:
-        np.save(file, np.broadcast_to(np.float32(0), shape), allow_pickle=False)
-
-
-def open_embeddings(path, mode, *shape):
-    """Stored embeddings, mapped into memory. Raises InputError where they are others."""
-    with blame(path, f"not the embeddings of {shape[0]:,} texts: remove it"):
-        embeddings = np.lib.format.open_memmap(path, mode)  # it refuses objects: nothing pickled
-        kind = (embeddings.dtype, embeddings.ndim, embeddings.shape[: len(shape)])
-        if kind != (np.float32, 2, shape):
-            raise ValueError(f"{embeddings.dtype} of shape {embeddings.shape}")
-    return embeddings
+        np.save(file, array, allow_pickle=False)
 
 
 def check_sizes(source, clusters, least, drop_small):
@@ -258,31 +206,26 @@ def check_sizes(source, clusters, least, drop_small):
         kept[small] = False
 
 
-def describe(source, task, clusters, distances, labels, vectorizer):
+def describe(task, texts, labels, clusters, distances, telling):
     """Prints Appendix B.2's manual inspection: every cluster's size, labels, most telling words and
-    the three texts nearest to its centroid (its first three, where there is no centroid). Returns
-    each cluster's most telling words."""
-    near = nearest(clusters, distances)
-    wanted = set(itertools.chain.from_iterable(near.values()))
-    found = {i: text for i, text in enumerate(read_texts(source, task)) if i in wanted}
-    words = telling_words(read_texts(source, task), clusters, vectorizer)
-    for name in near:
+    the three texts nearest to its centroid (its first three, where there is no centroid)."""
+    for name, rows in nearest(clusters, distances).items():
         histogram = np.bincount(labels[clusters == name], minlength=len(task.words))
         shares = [f"{count:,} {word}" for count, word in zip(histogram, task.words)]
         print(f"cluster {name}: {histogram.sum():,} examples: {', '.join(shares)}")
-        print(f"    words: {' '.join(words[name])}")
-        for index in near[name]:
-            print(f"    {' '.join(found[index].split())[:110]}")
-
-    return words
+        print(f"    words: {' '.join(telling[name])}")
+        for row in rows:
+            print(f"    {' '.join(texts[row].split())[:110]}")
 
 
 def make_meta_tasks(args):
     """Clusters args.source by args.method, for every number of clusters in args.k."""
     source, task = Path(args.source), Task.load(Path(args.source).parent)
-    labels, digest, words = survey(source, task, args.vocabulary)
-    if not all(2 <= k <= len(labels) for k in args.k):
-        raise InputError(f"{source}: {len(labels):,} examples cannot make {args.k} clusters")
+    examples = list(data.read_examples(source, task))
+    texts = [data.text_of(example, task) for example in examples]
+    labels = np.array([example["label"] for example in examples])
+    if not all(2 <= k <= len(examples) for k in args.k):
+        raise InputError(f"{source}: {len(examples):,} examples cannot make {args.k} clusters")
 
     outs = {}
     for k in args.k:
@@ -293,52 +236,46 @@ def make_meta_tasks(args):
     if args.figure:
         data.try_place(args.figure)
 
-    vectorizer = CountVectorizer(vocabulary=words)
+    vectorizer = CountVectorizer(stop_words="english", max_features=args.vocabulary)
+    with blame(source, "give texts of other words"):
+        counts = vectorizer.fit_transform(texts)  # [N, words]
+
+    words = vectorizer.get_feature_names_out()
     if args.method == "kmeans" or args.figure:
         files = sorted(Path(args.encoder).glob("*"))
         files = [(str(file), file.stat().st_mtime_ns) for file in files]
+        digest = hashlib.sha256("".join(text + "\n" for text in texts).encode())
         digest.update(json.dumps([args.encoder, files]).encode())
         stored = f"{data.unpacked_name(source)}.{digest.hexdigest()[:12]}.npy"
-        texts = read_texts(source, task)
-        place = source.with_name(stored)
-        embeddings = embed(texts, len(labels), place, args.encoder, args.device)
+        embeddings = embed(texts, source.with_name(stored), args.encoder, args.device)
 
     panels = []
     for k, out in outs.items():
-        distances = np.zeros(len(labels))
+        distances = np.zeros(len(examples))
         if args.method == "kmeans":
             clusters, distances = kmeans(embeddings, k, args.seed)
         elif args.method == "lda":
-            again = lambda: read_texts(source, task)
-            clusters, distances = lda(again, len(labels), vectorizer, k, args.seed)
+            clusters, distances = lda(counts, k, args.seed)
         elif args.method == "random":
-            clusters = random_clusters(len(labels), k, args.seed)
+            clusters = random_clusters(len(examples), k, args.seed)
         else:
             clusters = labels
 
         kept = check_sizes(source, clusters, args.min_size, args.drop_small)
-        telling = describe(source, task, clusters, distances, labels, vectorizer)
+        telling = telling_words(counts, clusters, words)
+        describe(task, texts, labels, clusters, distances, telling)
         panels.append((f"{args.method}, {len(telling)} clusters", clusters, telling))
-        write_clusters(out, source, task, clusters, kept)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rows = np.flatnonzero(kept)
+        data.write_examples(out, ({**examples[i], "cluster": int(clusters[i])} for i in rows))
+        if out.parent != source.parent:
+            task.save(out.parent)
+
         data.save_arguments(out.with_suffix(".json"), args)
         print(f"wrote {out}: {kept.sum():,} examples in {len(np.unique(clusters[kept]))} clusters")
 
     if args.figure:
         data.save_figure(args.figure, plot(embeddings, panels, args.seed))
-
-
-def write_clusters(out, source, task, clusters, kept):
-    """Writes the source's lines that are kept, each with its cluster, and their task."""
-
-    def examples():
-        for example, name, keep in zip(data.read_examples(source, task), clusters, kept):
-            if keep:
-                yield {**example, "cluster": int(name)}
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data.write_examples(out, examples())
-    if out.parent != source.parent:
-        task.save(out.parent)
 
 
 def main(argv=None):
@@ -368,6 +305,8 @@ def main(argv=None):
     args = parser.parse(argv)
     if args.out and len(args.k) > 1:
         parser.error("--out goes with one --k")
+    if args.out and (not args.out.endswith(".jsonl") or Path(args.out).name == "task.jsonl"):
+        parser.error("--out must end in .jsonl; its arguments go into a .json of the same name")
 
     make_meta_tasks(args)
 

@@ -1182,26 +1182,26 @@ def test_lda_and_telling_words_tell_topics_apart():
     texts = []
     for i in range(300):
         texts.append(" ".join(rng.choices(topics[i % 2].split() + ["nice"], k=9)))
-    vectorizer = cluster.CountVectorizer(vocabulary=" ".join(topics).split() + ["nice"])
-    again = lambda: iter(texts)
-    clusters, distances = cluster.lda(again, 300, vectorizer, 2, seed=1, size=100, updates=60)
+    vectorizer = cluster.CountVectorizer()
+    counts = vectorizer.fit_transform(texts)
+    clusters, distances = cluster.lda(counts, 2, seed=1, size=100, updates=60)
     assert np.array_equal(clusters, (np.arange(300) % 2) ^ clusters[0])
     assert 0 <= distances.min() <= distances.max() < 0.5
-    telling = cluster.telling_words(texts, clusters, vectorizer)
+    words = vectorizer.get_feature_names_out()
+    telling = cluster.telling_words(counts, clusters, words)
     assert set(telling[clusters[1]][:5]) == set(topics[1].split())
     near = cluster.nearest(clusters, distances)[0]
     assert len(near) == 3 and distances[near[0]] == distances[clusters == 0].min()
 
 
-def test_describe_prints_what_is_in_a_cluster(tmp_path, capsys):
-    data.write_task(tmp_path, SENTIMENT, {"examples": make_examples(40)})
-    labels = np.arange(40) % 5
-    vectorizer = cluster.CountVectorizer(vocabulary=["plot", "ending", "music"])
-    facts = (labels % 2, np.arange(40)[::-1], labels, vectorizer)
-    cluster.describe(tmp_path / "examples.jsonl", SENTIMENT, *facts)
+def test_describe_prints_what_is_in_a_cluster(capsys):
+    texts, labels = [example["text"] for example in make_examples(40)], np.arange(40) % 5
+    facts = (texts, labels, labels % 2, np.arange(40)[::-1], {0: ["plot", "ending"], 1: ["music"]})
+    cluster.describe(SENTIMENT, *facts)
     printed = capsys.readouterr().out
     assert "cluster 0: 24 examples: 8 terrible, 0 bad, 8 okay, 0 good, 8 great\n    wo" in printed
-    assert f"\n    {make_examples(40)[39]['text'][:110]}\n" in printed
+    assert f"\n    words: music\n    {texts[38][:110]}\n" in printed
+    assert f"\n    {texts[39][:110]}\n" in printed
 
 
 def test_small_clusters_are_an_error_or_dropped(tmp_path):
@@ -1226,7 +1226,7 @@ def test_embeddings_are_stored_and_continued(world, tmp_path, monkeypatch):
         return encode(self, block, **kwargs)
 
     def embed(texts, name="a.npy"):
-        return cluster.embed(iter(texts), 7, tmp_path / name, str(world / "t5"), "cpu", size=3)
+        return cluster.embed(texts, tmp_path / name, str(world / "t5"), "cpu", size=3)
 
     monkeypatch.setattr(cluster.SentenceTransformer, "encode", counted)
     whole = np.array(embed(texts))
@@ -1235,6 +1235,8 @@ def test_embeddings_are_stored_and_continued(world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         embed(texts[:6] + ["stop"], "b.npy")
     del encoded[:]
+    with open(tmp_path / "b.rows", "ab") as file:
+        file.write(b"half")  # as a killed process may leave a row
     np.testing.assert_allclose(embed(texts, "b.npy"), whole, atol=1e-6)
     assert encoded == texts[6:]
 
@@ -2089,10 +2091,6 @@ def read_examples(path):
     return list(data.read_examples(path, SENTIMENT, labelled=".jsonl" in path.name))
 
 
-def read_survey(path):
-    return cluster.survey(path, SENTIMENT, 9)
-
-
 def read_corpus(path):
     return list(data.read_corpus([path], "paragraph"))
 
@@ -2107,7 +2105,7 @@ def read_report(path):
 
 
 def read_embeddings(path):
-    return cluster.embed([], 3, path, "none", "cpu")
+    return cluster.embed(["a"] * 3, path, "none", "cpu")
 
 
 def read_labeller(path):
@@ -2236,7 +2234,7 @@ bad_file(read_examples, "nothing.jsonl", lambda path: None)
 one_cluster = b'{"text": "a", "label": 0, "cluster": 0}\n'
 none_here = b'{"text": "a", "label": 0}\n'
 bad_file(read_clusters, "s.jsonl", b"", one_cluster * 9 + none_here, none_here * 9, one_cluster)
-bad_line(read_survey, "source.jsonl", FINE, b'{"text": "a"}', b"[" * 10**5)
+bad_line(read_examples, "source.jsonl", FINE, b'{"text": "a"}', b"[" * 10**5)
 bad_line(read_examples, "train.jsonl", FINE, b'{"text": "a", "label": 300}', b"{")
 
 row = lambda **changes: json.dumps({**result("pt", 0.5, 1), **changes}).encode()
@@ -2362,7 +2360,7 @@ GOOD_INPUTS = [
     (read_block, "000000.json.gz", block(b'{"examples": [], "counts": {"read": 3}}')),
     (read_t5, "t5/generation_config.json", b"{}"),
     (read_clusters, "s.jsonl", one_cluster * 9),
-    (read_survey, "s.jsonl", FINE),
+    (read_examples, "s.jsonl", FINE),
     (sst5, "train.txt", b"\xef\xbb\xbf(3 (2 It) (4 works))\r\n"),
     (amazon2, "a.csv", b'\xef\xbb\xbf"1","x"\r\n'),
     (sst2, "train.tsv", b"\xef\xbb\xbfsentence\tlabel\nx\t1\n"),
@@ -2436,6 +2434,8 @@ BAD_FLAGS = [
     (cluster, ["--source", "{demo}/source/examples.jsonl", "--k", "1"], "--k: 1 is not a whole nu"),
     (cluster, ["--source", "{demo}/source", "--k", "3"], "source is a folder; give a file"),
     (cluster, ["--source", "{demo}/pt.json", "--k", "3", "4", "--out", "x"], "--out goes with one"),
+    (cluster, ["--source", "{demo}/pt.json", "--out", "task.jsonl"], "must end in .jsonl; its arg"),
+    (cluster, ["--source", "{demo}/pt.json", "--out", "k.json"], "must end in .jsonl; its arg"),
     (data, ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no file of this dataset here"),
     (data, ["convert", "sst5", "--input", "x", "--out", "x"], "--input: x: no such file"),
     (
@@ -2517,7 +2517,7 @@ class Malicious:
 
 
 def read_encoder(path):
-    return cluster.embed(["a"], 1, path.with_name("e.npy"), str(path.parent), "cpu")
+    return cluster.embed(["a"], path.with_name("e.npy"), str(path.parent), "cpu")
 
 
 PICKLES = [
