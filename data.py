@@ -965,7 +965,8 @@ def pretrain_t5(args):
     optimizer = Adafactor(t5.parameters(), args.learning_rate, beta1=0.9, relative_step=False)
     files = [Path(folder) / "train.jsonl" for folder in args.task]
     digests = {str(file): digest(file) for file in files}
-    step, log = load_pretraining(out, t5, optimizer, digests, args.restart)
+    weights = {f"weights.{name}": values for name, values in t5.named_parameters()}
+    step, log = load_state(out, weights, optimizer, digests, args.restart)
 
     sentinels = tokenizer.convert_tokens_to_ids(SENTINELS)
     by_class = [classes_of(training) for training, _ in splits]
@@ -983,7 +984,13 @@ def pretrain_t5(args):
     rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, args.warmup)
     steps = pretrain(t5, draw, optimizer, range(step, args.max_steps), rate, dtype)
     validate = partial(validate_t5, t5, models, held_out, validations, dtype)
-    save = partial(save_pretraining, out, t5, tokenizer, optimizer, digests)
+
+    def save(step, log):
+        save_state(out, weights, optimizer, step, log, digests)
+        with folder_beside(out) as beside:
+            t5.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+
     run_pretraining(args, steps, step, log, validate, save)
 
     size = sum(weights.numel() for weights in t5.parameters()) / 1e6
@@ -1132,39 +1139,6 @@ def validate_t5(t5, models, windows, validations, dtype):
 
     mean = lambda name: float(np.mean([score[name] for score in scores]))
     return {"loss": np.mean(losses), "label_loss": mean("loss"), "accuracy": mean("accuracy")}
-
-
-def save_pretraining(out, t5, tokenizer, optimizer, digests, step, log):
-    """Writes the T5 so far, and what a continued run needs."""
-    weights = {f"weights.{name}": values for name, values in t5.named_parameters()}
-    facts = {"step": step, "log": log, "digests": digests}
-    save_state(out / "checkpoint.safetensors", weights, optimizer, facts)
-    write_examples(out / "log.jsonl", log)
-    with folder_beside(out) as beside:
-        t5.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-
-
-def load_pretraining(out, t5, optimizer, digests, restart):
-    """Puts the T5 and the optimizer back as the checkpoint has them; returns the step and the log.
-    Raises InputError where it is broken or was made from other examples."""
-    path = out / "checkpoint.safetensors"
-    if restart or not path.exists():
-        return 0, []
-
-    with blame(path, "--restart begins anew", TypeError, RuntimeError, AttributeError):
-        tensors, facts = load_state(path, optimizer)
-        step, log = facts["step"], facts["log"]
-        if type(step) is not int or log[-1]["step"] != step:
-            raise ValueError("its log does not fit its step")
-
-        with torch.no_grad():
-            for name, weights in t5.named_parameters():
-                weights.copy_(tensors[f"weights.{name}"])
-
-    check_digests(out, facts.get("digests", {}), digests)
-    print(f"{out} stands at step {step:,}", flush=True)
-    return step, log
 
 
 # ------------------------------------------------ The offline demo: reviews written by a grammar
@@ -1588,33 +1562,59 @@ def check_arguments(path, args, more=()):
         torch.set_num_threads(args.threads)
 
 
-def save_state(path, tensors, optimizer, facts):
+def save_state(out, tensors, optimizer, step, log, digests):
     """Writes what a continued run needs, tensors and the optimizer's state, in one safetensors file
-    with `facts` in its header."""
+    with numbers in its header; and the log, for a reader."""
     tensors = dict(tensors)
     for i, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    header = {"facts": json.dumps(facts)}
+    header = {"facts": json.dumps({"step": step, "log": log, "digests": digests})}
+    path = out / "checkpoint.safetensors"
     write_beside(path, lambda beside: save_file(tensors, beside, header))
+    write_examples(out / "log.jsonl", log)
 
 
-def load_state(path, optimizer):
-    """Puts the optimizer back as save_state found it; returns the tensors and the facts."""
-    with safe_open(path, "pt") as file:
-        facts = parse_json(file.metadata()["facts"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+def load_state(out, tensors, optimizer, digests, restart):
+    """Puts tensors and optimizer back as save_state found them; returns the step and the log, or a
+    run's beginning where there is none. Raises InputError where it is broken, or was made from other
+    files."""
+    path = out / "checkpoint.safetensors"
+    if restart or not path.exists():
+        return 0, []
 
-    state = collections.defaultdict(dict)
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            state[int(i)][key] = value
+    with blame(path, "--restart begins anew", TypeError, RuntimeError, AttributeError):
+        with safe_open(path, "pt") as file:
+            facts = parse_json(file.metadata()["facts"])
+            found = {name: file.get_tensor(name) for name in file.keys()}
 
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
-    return tensors, facts
+        step, log = facts["step"], facts["log"]
+        for line in log:
+            if type(step) is not int or line["step"] > step or not 0 <= line["accuracy"] <= 1:
+                raise ValueError("its log does not fit its step")
+
+        if not log or any(found[name].shape != tensor.shape for name, tensor in tensors.items()):
+            raise ValueError("it holds no evaluation, or tensors of another shape")
+
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(found[name])
+
+        state = collections.defaultdict(dict)
+        for name in found:
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                state[int(i)][key] = found[name]
+
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+
+    check_digests(out, facts.get("digests", {}), digests)
+    if rank_and_world()[0] == 0:
+        print(f"{out} stands at step {step:,}", flush=True)
+
+    return step, log
 
 
 def check_digests(out, before, now):
@@ -1647,11 +1647,8 @@ def provenance(device, *files):
 
 def digest(path):
     """The first 16 digits of a file's SHA-256."""
-    found = hashlib.sha256()
     with open(path, "rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            found.update(block)
-    return found.hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def fingerprint(t5):

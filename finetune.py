@@ -77,8 +77,8 @@ def tune(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     batch, held_out = model.encode(training), list(data.encoded(model, validation))
     torch.manual_seed(seed)
-    epochs = max_epochs * math.ceil(len(training) / batch_size)
-    total = min(epochs, max_steps or epochs)
+    total = max_epochs * math.ceil(len(training) / batch_size)
+    total = min(total, max_steps or total)
     log, best, step, began = [], None, 0, time.time()
     while step < total and not out_of_patience(log, patience):
         model.t5.train(full)  # dropout, in full tuning only

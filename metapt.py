@@ -255,7 +255,7 @@ class PromptedT5(torch.nn.Module):
         return [inner] + ids[1:]
 
     def forward(self, prompt, batch):
-        """[P; H(x)] -> logits at <X>, [B, vocabulary].
+        """[P; H(x)] -> logits at <X>, [B, vocabulary], in float32 or float64.
 
         prompt: [n, d], or [B, n, d] with one for each example; an empty one, [0, d], is none.
         """
@@ -267,7 +267,8 @@ class PromptedT5(torch.nn.Module):
             decoder_input_ids=self.decoder_ids.expand(len(text), -1),
             use_cache=False,
         )
-        return answer.logits[:, 1]  # position 0 answers with <X> itself, 1 with what it stands for
+        logits = answer.logits[:, 1]  # position 0 answers with <X> itself, 1 with its word
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # for a softmax
 
     def _padding(self, batch, n, dtype):
         """What to add to the attention scores, [B, 1, 1, n + L]: nothing for the prompt and the
@@ -283,12 +284,12 @@ class PromptedT5(torch.nn.Module):
         """-log p(<X> = z | [P; H(x)]; P), the objective of Section 3, over the whole vocabulary:
         the mean over the batch, their "sum", or with reduction="none" each example's."""
         words = self.word_ids[batch["labels"].to(self.device)]
-        return F.cross_entropy(at_least_float32(self(prompt, batch)), words, reduction=reduction)
+        return F.cross_entropy(self(prompt, batch), words, reduction=reduction)
 
     @torch.no_grad()
     def probabilities(self, prompt, batch):
         """Each example's distribution over the task's words, [B, classes]."""
-        return at_least_float32(self(prompt, batch))[:, self.word_ids].softmax(-1)
+        return self(prompt, batch)[:, self.word_ids].softmax(-1)
 
     def predict(self, prompt, batch):
         """The label of each example, [B]: the most probable of the task's words."""
@@ -304,7 +305,7 @@ class PromptedT5(torch.nn.Module):
         loss, in_words = torch.zeros(2, dtype=torch.float64, device=self.device)
         one = torch.ones((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            logits = at_least_float32(self(prompt, batch))
+            logits = self(prompt, batch)
             labels = batch["labels"].to(self.device)
             predicted = logits[:, self.word_ids].argmax(-1)
             confusion.index_put_((labels, predicted), one, accumulate=True)
@@ -321,11 +322,6 @@ class PromptedT5(torch.nn.Module):
             "in_words": in_words / total,
             "confusion": confusion.tolist(),
         }
-
-
-def at_least_float32(logits):
-    """Logits in a precision in which a softmax can be taken; float64 stays."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 # --------------------------------------------------------- Equations 1 and 2, as they are written
@@ -402,9 +398,9 @@ def adapt_all(model, prompts, supports, alpha, create_graph=False):
     return P - alpha * gradient
 
 
-# Elements (examples × length × d_model) of a forward pass: enough to keep the device busy, and few
-# enough to stay in a CPU's caches.
-PASS_SIZE = {"cpu": 2**19, "cuda": 2**23}
+# Elements (examples × length × d_model) that T5 reads at once: enough to keep the device busy, and
+# few enough to stay in a CPU's caches. It is for speed alone: the graph holds all chunks.
+CHUNK_SIZE = {"cpu": 2**19, "cuda": 2**23}
 
 
 def summed_loss(model, prompts, batches):
@@ -419,11 +415,10 @@ def summed_loss(model, prompts, batches):
 
     lengths, order = batch["attention_mask"].sum(1).sort(stable=True)
     elements = int(lengths.sum() + len(order) * prompts.shape[1]) * prompts.shape[2]
-    passes = max(1, round(elements / PASS_SIZE.get(prompts.device.type, 2**23)))
-    P, total = prompts.unbind(), 0
-    for rows in order.chunk(passes):
-        own = torch.stack([P[i] for i in task[rows]])
-        losses = model.loss(own, select(batch, rows), reduction="none")
+    chunks = max(1, round(elements / CHUNK_SIZE.get(prompts.device.type, 2**23)))
+    total = 0
+    for rows in order.chunk(chunks):
+        losses = model.loss(prompts[task[rows]], select(batch, rows), reduction="none")
         total = total + (losses / sizes[task[rows]].to(losses.device)).sum()
 
     return total
@@ -495,7 +490,7 @@ def best_of(scores):
     """The index of the best validation in a list of them: by accuracy, then by lower loss, then
     the earlier. One whose loss is not finite is never it; None where none is finite."""
     finite = [i for i, score in enumerate(scores) if math.isfinite(score["loss"])]
-    merit = lambda i: (scores[i]["accuracy"], -scores[i]["loss"], -i)
+    merit = lambda i: (scores[i]["accuracy"], -scores[i]["loss"])
     return max(finite, key=merit, default=None)
 
 

@@ -446,7 +446,7 @@ def test_the_implementation_of_attention_changes_nothing(meta, implementation):
 def test_meta_gradient_in_passes_of_one_length(meta, monkeypatch, size):
     model, *rest = meta
     expected, expected_loss = textbook_meta_gradient(plain(model), *rest)
-    monkeypatch.setattr(metapt, "PASS_SIZE", {"cpu": size})
+    monkeypatch.setattr(metapt, "CHUNK_SIZE", {"cpu": size})
     loss, padded = model.loss, []
 
     def seen(P, batch, **how):
@@ -704,7 +704,7 @@ def test_the_memory_of_a_task_does_not_grow_with_its_training_split(world, tmp_p
         del examples
         parts = metapt.load_t5(world / "t5")
         args = argparse.Namespace(max_length=64, shots=[8], seeds=[1, 2], validation_shots=None)
-        args.balanced, args.max_test, args.device = False, None, "cpu"
+        args.balanced, args.max_test, args.device, args.model = False, None, "cpu", "t5"
         tracemalloc.start()
         task = finetune.load_task(folder, *parts, args)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -2036,9 +2036,8 @@ def read_prompt(path):
 
 def read_checkpoint(path):
     prompt = torch.nn.Parameter(torch.zeros(3, 16))
-    facts = {"digests": {}, "arguments": {"source": "source.jsonl"}}
-    optimizer = torch.optim.AdamW([prompt])
-    return train_meta.load_checkpoint(path.parent, prompt, optimizer, facts, False)
+    tensors, optimizer = {"prompt": prompt, "best": torch.zeros(3, 16)}, torch.optim.AdamW([prompt])
+    return data.load_state(path.parent, tensors, optimizer, {}, False)
 
 
 def read_t5(path):

@@ -33,7 +33,7 @@ import data
 if not data.HELP:
     import torch
 
-    from metapt import Diverged, InputError, PromptedT5, Task, adapt, adapt_all, best_of, blame
+    from metapt import Diverged, InputError, PromptedT5, Task, adapt, adapt_all, best_of
     from metapt import linear_schedule, load_prompt, load_t5, meta_gradient, out_of_patience
     from metapt import read_json, save_prompt, write_beside
 
@@ -168,7 +168,9 @@ def learn(args, model, tasks, held_out, facts):
     max_steps, first = limits(args, tasks)
     prompt = torch.nn.Parameter(start_prompt(model, args))
     optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=args.weight_decay)
-    step, log, best = load_checkpoint(out, prompt, optimizer, facts, args.restart)
+    best = prompt.detach().clone()
+    tensors, digests = {"prompt": prompt, "best": best}, facts["digests"]
+    step, log = data.load_state(out, tensors, optimizer, digests, args.restart)
     all_reduce(torch.zeros(1, device=prompt.device))  # no process writes before all have read
     if rank == 0:
         if args.restart:
@@ -179,12 +181,13 @@ def learn(args, model, tasks, held_out, facts):
     bar = tqdm(None, args.method, max_steps, initial=step, disable=rank > 0 or None)
     with data.StopSignal() as stop, bar:
         while True:
-            ended, evaluated = step >= max_steps, log and log[-1]["step"] == step
+            ended = step >= max_steps
+            evaluated = bool(log) and log[-1]["step"] == step  # where a run goes on from there
             if not evaluated and (ended or step % args.eval_every == 0):
                 score = validate(model, prompt.detach(), held_out, args.alpha)
                 log.append({"step": step, **shared_mean(score, prompt)})
                 if best_of(log) == len(log) - 1:
-                    best = prompt.detach().clone()
+                    best.copy_(prompt.detach())
                 bar.set_postfix(accuracy=f"{log[-1]['accuracy']:.3f}")
                 save(out, prompt, optimizer, step, log, best, model.t5, facts)
 
@@ -339,50 +342,17 @@ def start_prompt(model, args):
 
 
 def save(out, prompt, optimizer, step, log, best, t5, facts):
-    """Writes what a continued run needs, in one safetensors file with numbers in its header; then
-    the log, and the best prompt so far."""
-    if best is None:
+    """Writes what a continued run needs, and the best prompt so far."""
+    if best_of(log) is None:
         raise InputError(f"step {step:,}: the validation loss is not finite; give another model")
     if data.rank_and_world()[0] > 0:
         return
 
     out.mkdir(parents=True, exist_ok=True)
     tensors = {"prompt": prompt, "best": best}
-    state = {"step": step, "log": log, "digests": facts["digests"]}
-    data.save_state(out / "checkpoint.safetensors", tensors, optimizer, state)
-    data.write_examples(out / "log.jsonl", log)
+    data.save_state(out, tensors, optimizer, step, log, facts["digests"])
     score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
     save_prompt(out, best, t5, **facts, **score, start_accuracy=log[0]["accuracy"])
-
-
-def load_checkpoint(out, prompt, optimizer, facts, restart):
-    """Puts prompt and optimizer back as the checkpoint has them; returns the step, the log and the
-    best prompt, or a run's beginning where there is none. Raises InputError where it is broken, or
-    was made from other data."""
-    path = out / "checkpoint.safetensors"
-    if restart or not path.exists():
-        return 0, [], None
-
-    with blame(path, "--restart begins anew", TypeError, RuntimeError, AttributeError):
-        tensors, header = data.load_state(path, optimizer)
-        step, log = header["step"], header["log"]
-        for line in log:
-            if type(step) is not int or line["step"] > step or not 0 <= line["accuracy"] <= 1:
-                raise ValueError("its log does not fit its step")
-
-        if not log or tensors["prompt"].shape != prompt.shape:
-            raise ValueError("it holds no evaluation, or a prompt of another shape")
-
-        with torch.no_grad():
-            prompt.copy_(tensors["prompt"])
-
-        best = torch.empty_like(prompt).copy_(tensors["best"]).detach()
-
-    data.check_digests(out, header.get("digests", {}), facts["digests"])
-    if data.rank_and_world()[0] == 0:
-        print(f"{out} stands at step {step:,}", flush=True)
-
-    return step, log, best
 
 
 def search(args):
