@@ -90,7 +90,7 @@ def nearest(clusters, distances, count=3):
 
 def telling_words(counts, clusters, words, count=8):
     """{cluster: the words that tell it from the others}, by the terms of the Kullback-Leibler
-    divergence between the words' shares within and without. counts [N, words] are a text's."""
+    divergence between the words' shares within and without. counts [N, words]: each text's."""
     names = np.unique(clusters)
     held = [counts[clusters == name].sign().sum(0) for name in names]  # texts that hold a word
     held = np.asarray(np.concatenate(held))
@@ -162,7 +162,7 @@ def embed_blocks(model, texts, path, width, device, size):
     how = {"batch_size": 128, "normalize_embeddings": True, "pool": pool}
     with open(path, "ab") as file:
         done = file.tell() // (4 * width)
-        file.truncate(4 * width * done)  # of a row that was written in part
+        file.truncate(4 * width * done)  # without a row that was written in part
         with tqdm(total=len(texts), initial=done, desc="embedding", disable=None) as bar:
             for start in range(done, len(texts), size):
                 block = texts[start : start + size]

@@ -174,16 +174,16 @@ def run_all(args):
     weights = {name: weight.clone() for name, weight in t5.state_dict().items()} if full else {}
 
     runs = list_runs(args, tasks)
-    mine, stood = [], 0
+    todo, stood = [], 0
     finished = set() if args.restart else {identity(row) for row in read_results(out)}
     for run in runs[rank::world]:
         if run["identity"] in finished and not is_missing(args, run):
             stood += 1
         else:
-            mine.append(run)
+            todo.append(run)
 
     made = 0
-    for run in tqdm(mine, "runs", disable=True if rank else None):
+    for run in tqdm(todo, "runs", disable=True if rank else None):
         done = {identity(row) for row in read_results(out)}
         if run["identity"] in done - finished and not args.save and not args.restart:
             continue  # another process with the same command was here first
@@ -198,8 +198,8 @@ def run_all(args):
         print(LEGEND)
         here = " of this process" if world > 1 else ""
         kept = f"; the tuned prompts are in {args.save}" if args.save else ""
-        runs = "run" if made == 1 else "runs"
-        print(f"wrote {out}: {made} new {runs}{here}, {stood} stood there already{kept}")
+        word = "run" if made == 1 else "runs"
+        print(f"wrote {out}: {made} new {word}{here}, {stood} stood there already{kept}")
 
 
 def check_prompts(args, width):

@@ -44,7 +44,7 @@ class InputError(ValueError):
 
 
 class Diverged(InputError):
-    """A training's losses are not finite, so that no prompt or T5 came of it."""
+    """The losses of a training are not finite."""
 
 
 # ------------------------------------------------------------- Section 3: the task as text, the T5
