@@ -1256,7 +1256,7 @@ def write_demo(out, steps):
 
 
 # The arguments that suit a T5 of this size, for each script; {here} is the folder they lie in.
-SMALL = {"model": "{here}/t5", "prompt_length": 20, "max_length": 64, "threads": 1}
+SMALL = {"model": "{here}/t5", "prompt_length": 20, "max_length": 128, "threads": 1}
 META = {**SMALL, "source": "{here}/source/clustered.jsonl", "validation": 400}
 TUNE = {
     **SMALL,
@@ -1478,6 +1478,8 @@ def file(text):
 
 def folder(text):
     """A folder that is there."""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file; give its folder")
     if not Path(text).is_dir():
         makers = "data.py makes tasks, train_meta.py prompts"
         raise argparse.ArgumentTypeError(f"{text}: no such folder; {makers}")
@@ -1554,8 +1556,8 @@ def check_arguments(path, args, more=()):
         if name not in free and value != known and not longer:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(
-                f"{path}: this run began with {flag} {before.get(name)}, not {value}; give it "
-                "again, another --out or --restart"
+                f"{path}: this run began with {flag} {before.get(name)}, not {value}; give that "
+                "again to continue it, or another --out, or --restart to begin anew"
             )
 
     with blame(path, "--restart begins anew", TypeError, RuntimeError):

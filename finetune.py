@@ -169,6 +169,10 @@ def run_all(args):
     t5, tokenizer = load_t5(args.model, args.device, args.dtype)
     check_prompts(args, t5.config.d_model)
     tasks = [load_task(folder, t5, tokenizer, args) for folder in args.task]
+    names = [task["model"].task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise InputError(f"--task: two are named alike, of {names}; change a task.json's name")
+
     data.try_place(out)
     full = "ft" in args.method
     weights = {name: weight.clone() for name, weight in t5.state_dict().items()} if full else {}
@@ -193,8 +197,10 @@ def run_all(args):
     results = read_results(out)
     if {run["identity"] for run in runs} <= {identity(row) for row in results}:
         # Under torchrun this is not so before the last process ends.
-        title = "Accuracy in points, mean ± sample standard deviation over five seeds, or over"
-        print_table(f"{title} (so many).", score_table(results, ""))
+        title = (
+            f"All of {out}: accuracy in points, mean ± sample standard deviation over five seeds"
+        )
+        print_table(f"{title}, or over (so many).", score_table(results, ""))
         print(LEGEND)
         here = " of this process" if world > 1 else ""
         kept = f"; the tuned prompts are in {args.save}" if args.save else ""
@@ -734,6 +740,10 @@ def print_report(args):
     if not results:
         raise InputError(f"{args.report}: no results here; finetune.py --out writes them")
 
+    older = len(results) - len(newest(results))
+    if older:
+        print(f"left out: {older} results of a prompt, a task or a T5 that was made anew since")
+
     form = (
         "accuracy in points, mean ± sample standard deviation over five seeds, over (so many), or "
         "over (trainings of the prompt × seeds)"
@@ -843,7 +853,7 @@ def make_parser():
     whole, positive = data.whole, data.positive
     parser = data.Parser(__doc__)
     parser.add_config_flag()
-    model = f"a T5 by hub name or folder (default: {data.MODEL}; with --predict the prompt's own)"
+    model = f"a T5 by hub name or folder (default: the prompt's own, else {data.MODEL})"
     seeds = [1, 2, 3, 4, 5]
     out = "the results (default: results.jsonl); with --predict the labelled texts (default: shown)"
     texts = "labels a .txt or .jsonl file with a prompt that --save kept, or any prompt for --task"
@@ -910,6 +920,9 @@ def main(argv=None):
         )
 
     args.out = args.out or "results.jsonl"
+    for start in args.prompt:  # a prompt belongs to the T5 that it was learned with
+        if "pt" in args.method and start != "random":
+            args.model = args.model or load_prompt(start)[1]["base_model"]
     args.model = args.model or data.MODEL
     run_all(args)
 

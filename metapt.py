@@ -489,8 +489,9 @@ def linear_schedule(step, total, warmup=20):
 def best_of(scores):
     """The index of the best validation in a list of them: by accuracy, then by lower loss, then
     the earlier. One whose loss is not finite is never it; None where none is finite."""
+    # Means of the same accuracies may differ in their last digit, and are a tie all the same.
     finite = [i for i, score in enumerate(scores) if math.isfinite(score["loss"])]
-    merit = lambda i: (scores[i]["accuracy"], -scores[i]["loss"])
+    merit = lambda i: (round(scores[i]["accuracy"], 9), -scores[i]["loss"])
     return max(finite, key=merit, default=None)
 
 

@@ -562,6 +562,7 @@ def test_linear_schedule():
     [
         ([(0.5, 1.0), (0.6, 2.0)], 1),  # accuracy first
         ([(0.6, 1.0), (0.6, 0.9), (0.6, 0.9)], 1),  # then the lower loss, then the earlier
+        ([(0.375, 1.0), (0.37499999999999994, 0.9)], 1),  # a tie but for rounding
         ([(0.9, math.nan), (0.2, 1.0), (0.9, math.inf)], 1),  # what is not finite is never it
         ([(0.9, math.nan)], None),
         ([], None),
@@ -1567,7 +1568,7 @@ def test_finetune_saves_and_predicts(world, tmp_path, capsys):
     assert "1 blank lines have no label" in printed.err
     lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [line["text"] for line in lines] == ["The plot was gripping .", "Dull hero ."]
-    model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT, max_length=64)
+    model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT, max_length=128)
     batch = model.encode([{"text": line["text"]} for line in lines])
     expected = model.probabilities(load_prompt(tuned)[0], batch)
     for line, p in zip(lines, expected):
@@ -1578,6 +1579,15 @@ def test_finetune_saves_and_predicts(world, tmp_path, capsys):
         run(finetune, predict=texts, prompt=tuned, device="cpu")
     with pytest.raises(InputError, match="meta: it does not say its task, .*name a --task"):
         run(finetune, predict=texts, prompt=tmp_path / "meta", device="cpu")
+
+
+def test_a_prompt_brings_its_own_t5_along(world, tmp_path, monkeypatch):
+    learn(world, tmp_path / "run")
+    seen = []
+    monkeypatch.setattr(finetune, "run_all", seen.append)
+    for start in (tmp_path / "run", "random"):
+        finetune.main(["--task", str(world / "books"), "--prompt", "random", str(start)])
+    assert [args.model for args in seen] == [str(world / "t5"), data.MODEL]
 
 
 def test_other_data_or_a_missing_folder_makes_a_run_new(world, tmp_path, capsys):
@@ -1592,6 +1602,8 @@ def test_other_data_or_a_missing_folder_makes_a_run_new(world, tmp_path, capsys)
     assert capsys.readouterr().out.count("1 new run, 0 stood there already") == 3
     for name in ("a/x", "b/x"):
         save_prompt(tmp_path / name, torch.zeros(3, 64), metapt.load_t5(world / "t5")[0])
+    with pytest.raises(InputError, match="two are named alike, of .'books', 'books'"):
+        tune(world, out, task=[tmp_path / "books", world / "books"], prompt="random")
     flags["prompt"] = [tmp_path / "a/x", tmp_path / "b/x"]
     with pytest.raises(InputError, match="two of the prompts have one name"):
         tune(world, out, save="tuned", **flags)
@@ -1881,6 +1893,7 @@ def test_a_table_holds_the_newest_of_a_task_and_no_two_lengths_in_a_line(tmp_pat
         rows.append({**row, "settings": {**row["settings"], "prompt_length": length}})
     report(tmp_path, rows)
     printed = " ".join(capsys.readouterr().out.split())
+    assert "left out: 3 results of a prompt, a task or a T5" in printed
     assert "| PPT | prompts/ppt | 40.00 (1)" in printed and "| **50.00** (1)" in printed
     assert "| random, prompt_length 20 | 20.00 ± 0.00 (2)" in printed
     assert "| random, prompt_length 100 | **100.00** (1)" in printed
@@ -2405,6 +2418,7 @@ BAD_FLAGS = [
     (train_meta, ["--sources", "x"], "the following arguments are required: --source"),
     (train_meta, ["--config", "{demo}/ft.json", "--source", "x"], "has no flag --task; remove it"),
     (finetune, ["--task", "nothing"], "--task: nothing: no such folder; data.py makes tasks"),
+    (finetune, ["--task", "{demo}/pt.json"], "--task: .*pt.json is a file; give its folder"),
     (finetune, [*BOOKS, "--prompt", "nothing"], "--prompt: nothing: no such folder"),
     (finetune, [*BOOKS, "--prompt", "{demo}/t5"], "t5/adapter_config.json: No such file or direct"),
     (finetune, ["--task", "{demo}/books", "--model", "{demo}"], "demo: .*give a T5 by hub name"),
@@ -2678,6 +2692,8 @@ def readers_folder(world, labeller, tmp_path, monkeypatch):
     pack(tmp_path / "openwebtext.tar", texts)
     for name in "yelp5 sst5 sst2 sentihood semeval_restaurant amazon5".split():
         shutil.copytree(world / "books", tmp_path / "tasks" / name)
+        Task(name, SENTIMENT.template, SENTIMENT.words).save(tmp_path / "tasks" / name)
+    shutil.copytree(world / "source", tmp_path / "mine")
     pack_real(tmp_path)
     packed = data.lzma.compress((tmp_path / "openwebtext.tar").read_bytes())
     (tmp_path / "openwebtext.tar.xz").write_bytes(packed)

@@ -66,8 +66,7 @@ def split_clusters(examples, validation, m, seed):
         if len(members) < count + 2 * m:
             raise InputError(
                 f"cluster {name} has {len(members)} examples; {2 * m} to train and {count} to "
-                "validate are needed: lower --validation or --k of cluster.py, or raise "
-                "--source-size"
+                "validate are needed: lower --validation or --k of cluster.py, or give more data"
             )
         np.random.default_rng(seed).shuffle(members)
         tasks.append(members[count:])
@@ -189,6 +188,9 @@ def learn(args, model, tasks, held_out, facts):
                 if best_of(log) == len(log) - 1:
                     best.copy_(prompt.detach())
                 bar.set_postfix(accuracy=f"{log[-1]['accuracy']:.3f}")
+                if bar.disable and rank == 0:  # as where standard error is a file
+                    accuracy, loss = log[-1]["accuracy"], log[-1]["loss"]
+                    print(f"step {step:,}: accuracy {accuracy:.1%}, loss {loss:.3f}", flush=True)
                 save(out, prompt, optimizer, step, log, best, model.t5, facts)
 
             if stopped:
