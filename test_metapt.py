@@ -2609,6 +2609,8 @@ EXCHANGED = {
     "--model t5 ": "--model demo/t5 ",
     "1000 10000 100000 1000000": "150 160",
     "10 20 40 80 160 320 640 1280 2560": "4 8",
+    "--shots 10 40 160": "--shots 4 8",
+    "--shots 640": "--shots 9",
     "3 6 10 15 20 30": "2 3",
     "3 6 10": "2 3",
     "NAME --input FILE --out tasks/NAME": "sst5 --input trainDevTestTrees_PTB.zip --out tasks/sst5",
