@@ -93,7 +93,7 @@ def telling_words(counts, clusters, words, count=8):
     divergence between the words' shares within and without. counts [N, words]: each text's."""
     names = np.unique(clusters)
     held = [counts[clusters == name].sign().sum(0) for name in names]  # texts that hold a word
-    held = np.asarray(np.concatenate(held))
+    held = np.array([np.asarray(row).ravel() for row in held])
     within, without = held + 0.1, held.sum(0) - held + 0.1
     within /= within.sum(1, keepdims=True)
     without /= without.sum(1, keepdims=True)
@@ -143,7 +143,8 @@ def embed(texts, path, encoder, device, size=20_000):
 
         partial, width = path.with_suffix(".rows"), model.get_embedding_dimension()
         embed_blocks(model, texts, partial, width, device, size)
-        embeddings = np.fromfile(partial, np.float32).reshape(len(texts), width)
+        with blame(partial, "remove it and give the same command again"):
+            embeddings = np.memmap(partial, np.float32, "r", shape=(len(texts), width))
         write_beside(path, lambda beside: write_array(beside, embeddings))
         partial.unlink()
 
@@ -156,17 +157,18 @@ def embed(texts, path, encoder, device, size=20_000):
 
 
 def embed_blocks(model, texts, path, width, device, size):
-    """Appends the embeddings of the texts that are not in the file yet."""
+    """Writes the embeddings of the texts that are not in the file yet."""
     several = device == "cuda" and torch.cuda.device_count() > 1
     pool = model.start_multi_process_pool() if several else None
     how = {"batch_size": 128, "normalize_embeddings": True, "pool": pool}
-    with open(path, "ab") as file:
-        done = file.tell() // (4 * width)
-        file.truncate(4 * width * done)  # without a row that was written in part
+    path.touch()
+    with open(path, "r+b") as file:
+        done = path.stat().st_size // (4 * width)  # a row may have been written in part
         with tqdm(total=len(texts), initial=done, desc="embedding", disable=None) as bar:
             for start in range(done, len(texts), size):
                 block = texts[start : start + size]
                 rows = model.encode(block, show_progress_bar=sys.stderr.isatty(), **how)
+                file.seek(4 * width * start)
                 file.write(rows.astype(np.float32).tobytes())
                 file.flush()
                 bar.update(len(block))

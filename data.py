@@ -993,7 +993,7 @@ def pretrain_t5(args):
 
     run_pretraining(args, steps, step, log, validate, save)
 
-    size = sum(weights.numel() for weights in t5.parameters()) / 1e6
+    size = sum(values.numel() for values in t5.parameters()) / 1e6
     print(
         f"wrote {out}: a T5 of {size:.2f} million parameters after {log[-1]['step']:,} steps; held "
         f"out: loss {log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
@@ -1582,7 +1582,7 @@ def save_state(out, tensors, optimizer, step, log, digests):
 def load_state(out, tensors, optimizer, digests, restart):
     """Puts tensors and optimizer back as save_state found them; returns the step and the log, or a
     run's beginning where there is none. Raises InputError where it is broken, or was made from other
-    files."""
+    files or another T5."""
     path = out / "checkpoint.safetensors"
     if restart or not path.exists():
         return 0, []
@@ -1620,7 +1620,7 @@ def load_state(out, tensors, optimizer, digests, restart):
 
 
 def check_digests(out, before, now):
-    """Raises InputError where the files of a run that is continued are not those it began with."""
+    """Raises InputError where files or T5 of a run that is continued are not those it began with."""
     for file, found in now.items():
         if before.get(file) != found:
             message = f"not the one that the run in {out} began with"

@@ -166,13 +166,13 @@ TRAINING_ARGUMENTS = ("seed", "out", "config", "restart", "search", "device", "t
 def run_all(args):
     """Every run that the arguments name and args.out does not hold yet, then the table of it."""
     out, (rank, world) = Path(args.out), data.rank_and_world()
+    names = [Task.load(folder).name for folder in args.task]
+    if len(set(names)) < len(names):
+        raise InputError(f"--task: two tasks have one name, of {names}; change it in a task.json")
+
     t5, tokenizer = load_t5(args.model, args.device, args.dtype)
     check_prompts(args, t5.config.d_model)
     tasks = [load_task(folder, t5, tokenizer, args) for folder in args.task]
-    names = [task["model"].task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise InputError(f"--task: two are named alike, of {names}; change a task.json's name")
-
     data.try_place(out)
     full = "ft" in args.method
     weights = {name: weight.clone() for name, weight in t5.state_dict().items()} if full else {}
@@ -200,7 +200,7 @@ def run_all(args):
         title = (
             f"All of {out}: accuracy in points, mean ± sample standard deviation over five seeds"
         )
-        print_table(f"{title}, or over (so many).", score_table(results, ""))
+        print_table(f"{title}, or over (so many).", score_table(newest(results), ""))
         print(LEGEND)
         here = " of this process" if world > 1 else ""
         kept = f"; the tuned prompts are in {args.save}" if args.save else ""
@@ -570,7 +570,7 @@ def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
     """The lines of a table: {(model, x, method, details): {task: {(prompt, seed): accuracy in
     points}}}. The details are the prompt, or all trainings of one prompt, and those of `keys` in
     which the rows of a method differ."""
-    rows = [{**row, **row["settings"]} for row in newest(results)]
+    rows = [{**row, **row["settings"]} for row in results]
     differing = varying(rows, [key for key in keys if key != "prompt"])
     trainings = {}
     for row in rows:
@@ -725,7 +725,7 @@ def print_confusions(results):
     """A confusion matrix for each model, number of shots, method, prompt and task, summed over the
     seeds."""
     sums = {}
-    for row in newest(results):
+    for row in results:
         name = (row["task"], method_name(row), row["prompt"], row["shots"], tuple(row["words"]))
         sums[name] = sums.get(name, 0) + np.array(row["confusion"])
     for (task, method, prompt, shots, words), counts in sums.items():
@@ -740,8 +740,9 @@ def print_report(args):
     if not results:
         raise InputError(f"{args.report}: no results here; finetune.py --out writes them")
 
-    older = len(results) - len(newest(results))
-    if older:
+    known, results = len(results), newest(results)
+    if known > len(results):
+        older = known - len(results)
         print(f"left out: {older} results of a prompt, a task or a T5 that was made anew since")
 
     form = (

@@ -416,9 +416,11 @@ def summed_loss(model, prompts, batches):
     lengths, order = batch["attention_mask"].sum(1).sort(stable=True)
     elements = int(lengths.sum() + len(order) * prompts.shape[1]) * prompts.shape[2]
     chunks = max(1, round(elements / CHUNK_SIZE.get(prompts.device.type, 2**23)))
-    total = 0
+    P, total = prompts.unbind(), 0
     for rows in order.chunk(chunks):
-        losses = model.loss(prompts[task[rows]], select(batch, rows), reduction="none")
+        # Not prompts[task[rows]]: on a CPU the gradient of that is summed in no fixed order.
+        own = torch.stack([P[i] for i in task[rows]])
+        losses = model.loss(own, select(batch, rows), reduction="none")
         total = total + (losses / sizes[task[rows]].to(losses.device)).sum()
 
     return total
@@ -489,8 +491,8 @@ def linear_schedule(step, total, warmup=20):
 def best_of(scores):
     """The index of the best validation in a list of them: by accuracy, then by lower loss, then
     the earlier. One whose loss is not finite is never it; None where none is finite."""
-    # Means of the same accuracies may differ in their last digit, and are a tie all the same.
     finite = [i for i, score in enumerate(scores) if math.isfinite(score["loss"])]
+    # Means of the same accuracies may differ in their last digit, and are a tie all the same.
     merit = lambda i: (round(scores[i]["accuracy"], 9), -scores[i]["loss"])
     return max(finite, key=merit, default=None)
 

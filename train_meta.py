@@ -18,7 +18,6 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import contextlib
 import itertools
 import math
 import shutil
@@ -181,7 +180,9 @@ def learn(args, model, tasks, held_out, facts):
     with data.StopSignal() as stop, bar:
         while True:
             ended = step >= max_steps
-            evaluated = bool(log) and log[-1]["step"] == step  # where a run goes on from there
+            evaluated = (
+                bool(log) and log[-1]["step"] == step
+            )  # as where a run continues from an evaluation
             if not evaluated and (ended or step % args.eval_every == 0):
                 score = validate(model, prompt.detach(), held_out, args.alpha)
                 log.append({"step": step, **shared_mean(score, prompt)})
@@ -346,7 +347,7 @@ def start_prompt(model, args):
 def save(out, prompt, optimizer, step, log, best, t5, facts):
     """Writes what a continued run needs, and the best prompt so far."""
     if best_of(log) is None:
-        raise InputError(f"step {step:,}: the validation loss is not finite; give another model")
+        raise Diverged(f"step {step:,}: the validation loss is not finite; give another model")
     if data.rank_and_world()[0] > 0:
         return
 
@@ -365,12 +366,15 @@ def search(args):
     for alpha, beta in itertools.product(alphas, BETAS):
         folder = Path(args.out) / f"alpha{alpha}-beta{beta}"
         run = {"alpha": alpha, "learning_rate": beta, "out": str(folder)}
-        with contextlib.suppress(Diverged):  # a pair at which it diverges is no choice
+        try:
             scores.append(train(argparse.Namespace(**{**vars(args), **run})))
             folders.append(folder)
+        except Diverged as error:  # a pair at which it diverges is no choice
+            print(f"{folder}: {error}", flush=True)
 
     if not scores:
-        raise Diverged(f"{args.out}: it diverges with every pair of rates; give another --source")
+        mend = "give another --model or --source"
+        raise Diverged(f"{args.out}: it diverges with every pair of rates; {mend}")
 
     best = best_of(scores)
     if data.rank_and_world()[0] == 0:
