@@ -3091,8 +3091,8 @@ def benchmark(argv=None):
     The data scripts, in one process on 2 cores of an AMD EPYC that did other work too: 715,000 lines
     of Yelp-5's length are read in 28 s, 3.96 million of Amazon-2's in 139 s, in the 0.37 GiB of the
     imports; K-means of a million embeddings of width 384, 10 clusters, five starts, 477 s and 1.9
-    GiB; LDA on a million lines 220 s and 0.5 GiB. Labelling in batches of like length is 1.65 times
-    as fast as in the corpus's order. A task of 3,000,000 examples takes finetune.py 0.44 GiB.
+    GiB. Labelling in batches of like length is 1.65 times as fast as in the corpus's order. A task
+    of 3,000,000 examples takes finetune.py 0.44 GiB.
     """
     parser = data.Parser(__doc__)
     whole = data.whole
