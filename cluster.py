@@ -131,6 +131,15 @@ def plot(embeddings, panels, seed, sample=2500):
 # ------------------------------------------------------------ The run: files, continuing, errors
 
 
+def place_of_embeddings(source, texts, encoder):
+    """Where embeddings are stored beside the source: by a name that other texts or another encoder
+    would change."""
+    files = [(str(file), file.stat().st_mtime_ns) for file in sorted(Path(encoder).glob("*"))]
+    digest = hashlib.sha256("".join(text + "\n" for text in texts).encode())
+    digest.update(json.dumps([encoder, files]).encode())
+    return source.with_name(f"{data.unpacked_name(source)}.{digest.hexdigest()[:12]}.npy")
+
+
 def embed(texts, path, encoder, device, size=20_000):
     """Sentence embeddings of unit length, [N, d] float32, by a sentence-transformers model's name
     or folder; the folder of any transformer serves too, with the mean over its tokens. They are
@@ -244,12 +253,8 @@ def make_meta_tasks(args):
 
     words = vectorizer.get_feature_names_out()
     if args.method == "kmeans" or args.figure:
-        files = sorted(Path(args.encoder).glob("*"))
-        files = [(str(file), file.stat().st_mtime_ns) for file in files]
-        digest = hashlib.sha256("".join(text + "\n" for text in texts).encode())
-        digest.update(json.dumps([args.encoder, files]).encode())
-        stored = f"{data.unpacked_name(source)}.{digest.hexdigest()[:12]}.npy"
-        embeddings = embed(texts, source.with_name(stored), args.encoder, args.device)
+        place = place_of_embeddings(source, texts, args.encoder)
+        embeddings = embed(texts, place, args.encoder, args.device)
 
     panels = []
     for k, out in outs.items():
@@ -267,17 +272,21 @@ def make_meta_tasks(args):
         telling = telling_words(counts, clusters, words)
         describe(task, texts, labels, clusters, distances, telling)
         panels.append((f"{args.method}, {len(telling)} clusters", clusters, telling))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        rows = np.flatnonzero(kept)
-        data.write_examples(out, ({**examples[i], "cluster": int(clusters[i])} for i in rows))
-        if out.parent != source.parent:
-            task.save(out.parent)
-
+        write_clusters(out, source, task, examples, clusters, kept)
         data.save_arguments(out.with_suffix(".json"), args)
         print(f"wrote {out}: {kept.sum():,} examples in {len(np.unique(clusters[kept]))} clusters")
 
     if args.figure:
         data.save_figure(args.figure, plot(embeddings, panels, args.seed))
+
+
+def write_clusters(out, source, task, examples, clusters, kept):
+    """Writes the examples that are kept, each with its cluster, and their task."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = np.flatnonzero(kept)
+    data.write_examples(out, ({**examples[i], "cluster": int(clusters[i])} for i in rows))
+    if out.parent != source.parent:
+        task.save(out.parent)
 
 
 def main(argv=None):

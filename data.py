@@ -984,16 +984,10 @@ def pretrain_t5(args):
     rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, args.warmup)
     steps = pretrain(t5, draw, optimizer, range(step, args.max_steps), rate, dtype)
     validate = partial(validate_t5, t5, models, held_out, validations, dtype)
-
-    def save(step, log):
-        save_state(out, weights, optimizer, step, log, digests)
-        with folder_beside(out) as beside:
-            t5.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-
+    save = partial(save_pretraining, out, t5, tokenizer, weights, optimizer, digests)
     run_pretraining(args, steps, step, log, validate, save)
 
-    size = sum(values.numel() for values in t5.parameters()) / 1e6
+    size = sum(values.numel() for values in weights.values()) / 1e6
     print(
         f"wrote {out}: a T5 of {size:.2f} million parameters after {log[-1]['step']:,} steps; held "
         f"out: loss {log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
@@ -1139,6 +1133,14 @@ def validate_t5(t5, models, windows, validations, dtype):
 
     mean = lambda name: float(np.mean([score[name] for score in scores]))
     return {"loss": np.mean(losses), "label_loss": mean("loss"), "accuracy": mean("accuracy")}
+
+
+def save_pretraining(out, t5, tokenizer, weights, optimizer, digests, step, log):
+    """Writes what a continued run needs, and the T5 so far."""
+    save_state(out, weights, optimizer, step, log, digests)
+    with folder_beside(out) as beside:
+        t5.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
 
 
 # ------------------------------------------------ The offline demo: reviews written by a grammar

@@ -162,7 +162,7 @@ def train(args):
 def learn(args, model, tasks, held_out, facts):
     """The outer loop, from where the checkpoint stands; returns the last step and the log. Under
     torchrun every process works on its share of a step's meta-tasks, or of PPT's batch."""
-    out, m, (rank, world) = Path(args.out), args.batch_size, data.rank_and_world()
+    out, rank = Path(args.out), data.rank_and_world()[0]
     max_steps, first = limits(args, tasks)
     prompt = torch.nn.Parameter(start_prompt(model, args))
     optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -180,36 +180,28 @@ def learn(args, model, tasks, held_out, facts):
     with data.StopSignal() as stop, bar:
         while True:
             ended = step >= max_steps
-            evaluated = (
-                bool(log) and log[-1]["step"] == step
-            )  # as where a run continues from an evaluation
+            # A run may continue from an evaluation.
+            evaluated = bool(log) and log[-1]["step"] == step
             if not evaluated and (ended or step % args.eval_every == 0):
                 score = validate(model, prompt.detach(), held_out, args.alpha)
                 log.append({"step": step, **shared_mean(score, prompt)})
                 if best_of(log) == len(log) - 1:
                     best.copy_(prompt.detach())
-                bar.set_postfix(accuracy=f"{log[-1]['accuracy']:.3f}")
-                if bar.disable and rank == 0:  # as where standard error is a file
-                    accuracy, loss = log[-1]["accuracy"], log[-1]["loss"]
-                    print(f"step {step:,}: accuracy {accuracy:.1%}, loss {loss:.3f}", flush=True)
-                save(out, prompt, optimizer, step, log, best, model.t5, facts)
+                show(bar, **log[-1])
+                save(out, tensors, optimizer, step, log, model.t5, facts)
 
             if stopped:
-                save(out, prompt, optimizer, step, log, best, model.t5, facts)
+                save(out, tensors, optimizer, step, log, model.t5, facts)
                 raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {data.CONTINUES}")
 
             if ended or out_of_patience(log, args.patience, first):
                 return step, log
 
             if args.method == "ppt":
-                batch = draw_batch(tasks[0], m, args.seed, step)[rank::world]
-                drawn = [model.encode(batch) if batch else None]
                 factor = linear_schedule(step, max_steps)
                 optimizer.param_groups[0]["lr"] = args.learning_rate * factor
-            else:
-                supports, queries = draw(tasks, m, args.seed, step)
-                drawn = encode_all(model, supports[rank::world], queries[rank::world])
 
+            drawn = draw_encoded(args, model, tasks, step)
             gradient, loss = gradient_of(args, model, prompt, drawn)
             gradient, loss, stopped = all_reduce(gradient, loss, torch.tensor(float(bool(stop))))
             check_finite(args, model, prompt, drawn, step, gradient, loss)
@@ -228,10 +220,24 @@ def limits(args, tasks):
     return min(args.max_steps, EPOCHS * epoch), math.ceil(epoch / args.eval_every)
 
 
-def encode_all(model, supports, queries):
-    """Lists of examples as lists of encoded batches."""
-    supports = [model.encode(examples) for examples in supports]
-    return supports, [model.encode(examples) for examples in queries]
+def show(bar, step, accuracy, loss, **others):
+    """Shows an evaluation beside the bar; where there is none, as in a file, the first process
+    prints a line."""
+    bar.set_postfix(accuracy=f"{accuracy:.3f}")
+    if bar.disable and data.rank_and_world()[0] == 0:
+        print(f"step {step:,}: accuracy {accuracy:.1%}, loss {loss:.3f}", flush=True)
+
+
+def draw_encoded(args, model, tasks, step):
+    """What this process works on in a step, encoded: the supports and the queries of its share of
+    the meta-tasks, or its share of PPT's batch."""
+    rank, world = data.rank_and_world()
+    if args.method == "ppt":
+        batch = draw_batch(tasks[0], args.batch_size, args.seed, step)[rank::world]
+        return [model.encode(batch) if batch else None]
+
+    drawn = draw(tasks, args.batch_size, args.seed, step)
+    return [[model.encode(examples) for examples in side[rank::world]] for side in drawn]
 
 
 def gradient_of(args, model, prompt, drawn):
@@ -344,7 +350,7 @@ def start_prompt(model, args):
     return load_prompt(args.init, model.t5.config.d_model)[0].to(model.device)
 
 
-def save(out, prompt, optimizer, step, log, best, t5, facts):
+def save(out, tensors, optimizer, step, log, t5, facts):
     """Writes what a continued run needs, and the best prompt so far."""
     if best_of(log) is None:
         raise Diverged(f"step {step:,}: the validation loss is not finite; give another model")
@@ -352,10 +358,9 @@ def save(out, prompt, optimizer, step, log, best, t5, facts):
         return
 
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {"prompt": prompt, "best": best}
     data.save_state(out, tensors, optimizer, step, log, facts["digests"])
     score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
-    save_prompt(out, best, t5, **facts, **score, start_accuracy=log[0]["accuracy"])
+    save_prompt(out, tensors["best"], t5, **facts, **score, start_accuracy=log[0]["accuracy"])
 
 
 def search(args):
@@ -370,7 +375,8 @@ def search(args):
             scores.append(train(argparse.Namespace(**{**vars(args), **run})))
             folders.append(folder)
         except Diverged as error:  # a pair at which it diverges is no choice
-            print(f"{folder}: {error}", flush=True)
+            if data.rank_and_world()[0] == 0:
+                print(f"{folder}: {error}", flush=True)
 
     if not scores:
         mend = "give another --model or --source"
