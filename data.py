@@ -85,6 +85,7 @@ if not HELP:
     transformers_logging.disable_progress_bar()  # the scripts have their own
 
 MODEL = "google-t5/t5-base"  # Section 5.1
+MAX_LENGTH = 256  # tokens of H(x); the paper names none
 TEMPLATE = "{text} It was {mask}"  # the paper's, Section 3
 WORDS = {
     5: ["terrible", "bad", "okay", "good", "great"],
@@ -1350,7 +1351,7 @@ class Parser(argparse.ArgumentParser):
         """The flag whose default parse() finds, since it takes PyTorch."""
         self.add("--device", "cpu or cuda (default: cuda where there is a GPU)", type=device)
 
-    def add_machine_flags(self, max_length=256):
+    def add_machine_flags(self, max_length=MAX_LENGTH):
         """The flags that say where and how a script computes."""
         self.add_device_flag()
         self.add("--threads", "CPU threads (default: as PyTorch chooses)", type=whole(1))

@@ -411,9 +411,8 @@ def predict(args):
         raise InputError(f"{args.prompt[0]}: {message}")
 
     with blame(args.prompt[0], "name a --task", TypeError):
-        max_length = args.max_length
-        if "settings" in facts:
-            max_length = int(facts["settings"]["max_length"])
+        if not args.max_length:
+            args.max_length = int(facts.get("settings", {}).get("max_length", data.MAX_LENGTH))
         if args.task:
             task = Task.load(args.task[0])
         else:
@@ -423,7 +422,7 @@ def predict(args):
         data.try_place(args.out)
 
     t5, tokenizer = load_t5(args.model or facts["base_model"], args.device, args.dtype)
-    model = PromptedT5(t5, tokenizer, task, max_length)
+    model = PromptedT5(t5, tokenizer, task, args.max_length)
     prompt = load_prompt(args.prompt[0], t5.config.d_model)[0].to(model.device)
     examples = list(data.read_examples(args.predict, task, labelled=False))
     blank = sum(1 for _, line in data.numbered_lines(args.predict) if not line.strip())
@@ -896,6 +895,7 @@ def make_parser():
     axes = ["shots", "source_size", "clusters"]
     parser.add("--x", "the figure's horizontal axis", "shots", choices=axes)
     parser.add_prompt_flags()
+    parser.set_defaults(max_length=None)  # --predict cuts as its prompt's run did
     return parser
 
 
@@ -921,6 +921,7 @@ def main(argv=None):
         )
 
     args.out = args.out or "results.jsonl"
+    args.max_length = args.max_length or data.MAX_LENGTH
     for start in args.prompt:  # a prompt belongs to the T5 that it was learned with
         if "pt" in args.method and start != "random":
             args.model = args.model or load_prompt(start)[1]["base_model"]

@@ -1574,6 +1574,12 @@ def test_finetune_saves_and_predicts(world, tmp_path, capsys):
     for line, p in zip(lines, expected):
         assert line["word"] == SENTIMENT.words[line["label"]] == SENTIMENT.words[p.argmax()]
         assert list(line["probabilities"].values()) == pytest.approx(p.tolist(), abs=1e-4)
+    texts.write_text("The plot was gripping and the hero was dull .\n")
+    cut = []
+    for flags in ({}, {"max_length": 12}):
+        run(finetune, predict=texts, prompt=tuned, device="cpu", **flags)
+        cut.append(json.loads(capsys.readouterr().out)["probabilities"])
+    assert cut[0] != cut[1]  # a --max-length that is given wins over that of the prompt's run
     texts.write_text("\n")
     with pytest.raises(InputError, match="new.txt: no text to label"):
         run(finetune, predict=texts, prompt=tuned, device="cpu")
