@@ -199,7 +199,7 @@ def check_sizes(source, clusters, least, drop_small):
     sizes = np.bincount(clusters)
     kept = sizes > 0
     while True:  # fewer clusters have to be larger, since more of each is held out
-        needed = least or 640 // max(1, kept.sum()) + 8
+        needed = least or max(640 // max(1, kept.sum()), 5) + 8
         small = np.flatnonzero(kept & (sizes < needed))
         if len(small) == 0:
             return kept[clusters]
@@ -314,8 +314,8 @@ def main(argv=None):
     parser.add_device_flag()
     parser.add("--out", out, metavar="FILE")
     args = parser.parse(argv)
-    if args.out and len(args.k) > 1:
-        parser.error("--out goes with one --k")
+    if len(args.k) > 1 and (args.out or args.method == "label"):
+        parser.error("--out and --method label go with one --k")
     if args.out and (not args.out.endswith(".jsonl") or Path(args.out).name == "task.jsonl"):
         parser.error("--out must end in .jsonl; its arguments go into a .json of the same name")
 

@@ -78,9 +78,9 @@ if not HELP:
     from transformers.optimization import Adafactor
     from transformers.utils import logging as transformers_logging
 
-    from metapt import NEW_WORD, InputError, PromptedT5, Task, best_of, blame, first_line
-    from metapt import linear_schedule, out_of_patience, parse_json, read_json, write_beside
-    from metapt import write_json
+    from metapt import NEW_WORD, Diverged, InputError, PromptedT5, Task, best_of, blame
+    from metapt import first_line, linear_schedule, out_of_patience, parse_json, read_json
+    from metapt import write_beside, write_json
 
     transformers_logging.disable_progress_bar()  # the scripts have their own
 
@@ -336,9 +336,16 @@ TREES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
 GLUE = {"train": "train.txt train.tsv", "validation": "dev.txt", "test": "test.txt dev.tsv"}
 ZHANG = {"train": "train.csv", "test": "test.csv"}
 SENTIHOOD = {"train": "*train*.json", "validation": "*dev*.json", "test": "*test*.json"}
-# Of several names the last that fits: SB1 has a sentence's opinions, SB2 a whole review's.
-RESTAURANTS = {"train": "*Rest*Train*.xml *Rest*Train*SB1*.xml", "test": "*REST*TEST*.gold"}
-LAPTOPS = {"train": "*Lap*Train*.xml *Lap*Train*SB1*.xml", "test": "*LAPT*TEST*.gold"}
+# Of several names the last that fits: SB1 has a sentence's opinions, SB2 a whole review's, and
+# there are other languages than English.
+RESTAURANTS = {
+    "train": "*Rest*Train*.xml *Rest*Train*SB1*.xml",
+    "test": "*REST*TEST*.gold EN_REST_SB1*.gold",
+}
+LAPTOPS = {
+    "train": "*Lap*Train*.xml *Lap*Train*SB1*.xml",
+    "test": "*LAPT*TEST*.gold EN_LAPT_SB1*.gold",
+}
 DATASETS = {
     "sst5": (5, partial(read_sst, classes=5), TREES),
     "sst2": (2, read_sst2, GLUE),
@@ -359,7 +366,7 @@ def find_splits(source, patterns):
     training split. Raises InputError."""
     with blame(source, "give the official file again", *BROKEN):
         if source.is_dir():
-            files = sorted(source.iterdir())
+            files = list(source.iterdir())
         elif zipfile.is_zipfile(source):
             names = zipfile.ZipFile(source).namelist()
             files = [source / name for name in names if not name.endswith("/")]
@@ -368,8 +375,9 @@ def find_splits(source, patterns):
         else:
             files = [source]
 
-    # An absolute name in an archive would lead out of it.
-    files = [file for file in files if source in (file, *file.parents)]
+    # An absolute name in an archive would lead out of it; "._" begins what macOS adds to one.
+    files = [file for file in sorted(files) if source in (file, *file.parents)]
+    files = [file for file in files if not file.name.startswith("._")]
 
     found = {}
     for split, names in patterns.items():
@@ -420,6 +428,8 @@ def convert(name, source, out, test_share=0.0):
         print(f"no test file: {test.sum():,} of the training examples are drawn for a test split")
 
     write_task(out, Task(name, TEMPLATE, WORDS[classes]), splits)
+    for split in {"train", "validation", "test"} - set(splits):  # of an earlier conversion
+        (out / f"{split}.jsonl").unlink(missing_ok=True)
 
     for split, path in files.items():
         kept = [f"{counts[split].pop(i, 0):,} {word}" for i, word in enumerate(WORDS[classes])]
@@ -584,8 +594,15 @@ def load_classifier(name, device, **arguments):
     return model.to(device).eval(), tokenizer
 
 
-def in_batches(tokenizer, max_length):
-    """texts -> one batch of tensors, cut at max_length tokens."""
+def in_batches(model, tokenizer, max_length):
+    """texts -> one batch of tensors, cut at max_length tokens. Raises InputError where the
+    classifier takes fewer."""
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    most = min(tokenizer.model_max_length, positions)
+    if max_length > most:
+        takes = f"{tokenizer.name_or_path} takes {most} tokens"
+        raise InputError(f"{takes}; lower --max-length {max_length}")
+
     cut = {"truncation": True, "max_length": max_length, "padding": True}
     return partial(tokenizer, return_tensors="pt", **cut)
 
@@ -617,11 +634,14 @@ def train_labeller(args):
     out, task = Path(args.out), Task.load(args.task)
     training, validation = read_splits(Path(args.task), task, args.validation, args.seed)
     try_place(out / "log.jsonl")
+    if (out / "log.jsonl").exists() and not args.restart:
+        mend = "give another --out, or --restart to replace it"
+        raise InputError(f"{out}: a labeller stands there already; {mend}")
 
     torch.manual_seed(args.seed)  # of the classifier's new layer too
     shape = {"num_labels": len(task.words), "ignore_mismatched_sizes": True}
     model, tokenizer = load_classifier(args.model, args.device, **shape)
-    tokenize = in_batches(tokenizer, args.max_length)
+    tokenize = in_batches(model, tokenizer, args.max_length)
     training = in_pairs(training, task)
     texts, truths = zip(*in_pairs(validation, task))
     total = args.max_steps or args.max_epochs * math.ceil(len(training) / args.batch_size)
@@ -650,7 +670,7 @@ def train_labeller(args):
             bar.set_postfix(accuracy=f"{accuracy:.3f}", best=f"{best['accuracy']:.3f}")
             if stop:
                 message = f"stopped at step {step:,}; {out} holds the best so far"
-                raise KeyboardInterrupt(f"{message}; --model {out} goes on from it")
+                raise KeyboardInterrupt(f"{message}; --model {out}, with another --out, goes on")
 
             if out_of_patience(log, args.patience):
                 break
@@ -678,9 +698,15 @@ def pseudo_label(args):
         check_settings(out / "blocks" / "settings.json", args)
 
     wait_for_all(world)
-    label_corpus(corpus, out / "blocks", task, args)
+    blocks, complete = out / "blocks", out / "blocks" / "complete.json"
+    known = read_json(complete, "remove it") if complete.exists() else {}
+    if known.get("blocks") != len(list(blocks.glob("*.json.gz"))):
+        label_corpus(corpus, blocks, task, args)
+
     wait_for_all(world)
     if rank == 0:
+        # So that balancing again need not read the corpus again.
+        write_json(complete, {"blocks": len(list(blocks.glob("*.json.gz")))})
         write_source(out, task, args)
 
 
@@ -744,7 +770,7 @@ def load_labeller(args, task):
             f"{args.labeller}: its classifier has {model.config.num_labels} labels, its task "
             f"{len(task.words)} words; train it again with data.py labeller"
         )
-    tokenize = in_batches(tokenizer, args.max_length)
+    tokenize = in_batches(model, tokenizer, args.max_length)
     return lambda texts: classify(model, tokenize, texts, args.batch_size)
 
 
@@ -771,7 +797,7 @@ def read_block(path, task):
 
 def write_source(out, task, args):
     """Balances what was labelled, and writes examples.jsonl, task.json and funnel.json to `out`.
-    Holds some 40 bytes for each text that was labelled. Raises InputError where a class is empty.
+    Holds some 100 bytes for each text that was labelled. Raises InputError where a class is empty.
     """
     field, paths = task.fields[0], sorted((out / "blocks").glob("*.json.gz"))
     labels, confidences, hashes = array.array("B"), array.array("d"), array.array("Q")
@@ -957,6 +983,10 @@ def pretrain_t5(args):
     splits = [
         labelled_splits(args, folder, task, excluded) for folder, task in zip(args.task, tasks)
     ]
+    if args.restart:  # nothing of the earlier run may be taken for this one's
+        for name in ("arguments.json", "checkpoint.safetensors"):
+            (out / name).unlink(missing_ok=True)
+
     words = [word for task in tasks for word in task.words]
     tokenizer, stream, held_out = tokens_of(args, out, words, excluded)
     save_arguments(out / "arguments.json", args)
@@ -1010,6 +1040,10 @@ def run_pretraining(args, steps, step, log, validate, save):
                 continue
 
             log.append({"step": step, **validate(), "tokens_per_second": round(speed)})
+            if not math.isfinite(log[-1]["loss"] + log[-1]["label_loss"]):
+                mend = "lower --learning-rate and give --restart"
+                raise Diverged(f"{args.out}: step {step:,}: the loss is not finite; {mend}")
+
             save(step, log)
             bar.write(" ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
             if stop:
@@ -1063,7 +1097,7 @@ def tokens_of(args, out, words, excluded):
     """The tokenizer, the corpus as one stream of its token ids, and one in a hundred documents as
     another stream: from `out`, or made and kept there."""
     stream, held_out = out / "tokens.bin", out / "held_out.bin"
-    if args.restart or not (out / "arguments.json").exists():
+    if not (out / "arguments.json").exists():
         learn_from = [itertools.islice(read_documents(path), 20_000) for path in args.corpus]
         out.mkdir(parents=True, exist_ok=True)
         texts = (text[:2000] for text in itertools.chain(*learn_from) if text)
@@ -1701,7 +1735,7 @@ def run(main):
         place = f"{error.filename}: " if error.filename else ""
         end(f"{place}{first_line(error)}; check the path", 2)
     except KeyboardInterrupt as stop:
-        end(str(stop) or f"stopped; {CONTINUES}", 130)
+        end(str(stop) or "stopped; give the same command again", 130)
 
 
 def end(message, status):
@@ -1739,6 +1773,7 @@ def add_labeller(command):
     command.add("--eval-every", "steps between validations", 1000, type=whole(1))
     command.add("--patience", "validations without a better one until it stops", 5, type=whole(1))
     command.add("--validation", validation, 5000, type=whole(1))
+    command.add_switch("--restart", "replaces the labeller that stands in --out")
     command.add("--seed", "of every draw", 1, type=whole(0))
     command.add_machine_flags()
 
@@ -1772,7 +1807,10 @@ def add_pretrain(command):
     command.add("--corpus", corpus, required=True, nargs="+", type=file, metavar="FILE")
     command.add("--task", task, required=True, nargs="+", type=folder, metavar="FOLDER")
     command.add("--out", "the folder to write", required=True, metavar="FOLDER")
-    apart = "tasks to keep out of it: texts that share eight words in a row with theirs are dropped"
+    apart = (
+        "tasks to keep out of it: texts that share eight words in a row with theirs are dropped; "
+        "it takes some 10 KB of memory for each of their texts"
+    )
     command.add("--exclude", apart, nargs="+", type=folder, metavar="FOLDER")
     command.add("--pieces", "of the tokenizer", 8000, type=whole(1))
     command.add("--d-model", "width of the T5", 192, type=whole(1))
@@ -1823,8 +1861,11 @@ def main(argv=None):
         args.dtype = args.dtype or fast_dtype(args.device)
         pretrain_t5(args)
     else:
+        stood = (Path(args.out) / "source" / "clustered.jsonl").exists() and not args.restart
         made = demo(args.out, args.max_steps, args.restart)
-        print(f"wrote {made}/: now python train_meta.py, python finetune.py")
+        fate = "stands there already; --restart makes it anew" if stood else "is written"
+        scripts = f"train_meta.py --config {made}/maml.json, finetune.py --config {made}/pt.json"
+        print(f"{made}/ {fate}. Now python {scripts}")
 
 
 if __name__ == "__main__":

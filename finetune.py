@@ -171,9 +171,11 @@ def run_all(args):
         raise InputError(f"--task: two tasks have one name, of {names}; change it in a task.json")
 
     t5, tokenizer = load_t5(args.model, args.device, args.dtype)
-    check_prompts(args, t5.config.d_model)
+    check_prompts(args, t5)
     tasks = [load_task(folder, t5, tokenizer, args) for folder in args.task]
     data.try_place(out)
+    if args.save:
+        data.try_place(Path(args.save) / "prompt")
     full = "ft" in args.method
     weights = {name: weight.clone() for name, weight in t5.state_dict().items()} if full else {}
 
@@ -181,17 +183,26 @@ def run_all(args):
     todo, stood = [], 0
     finished = set() if args.restart else {identity(row) for row in read_results(out)}
     for run in runs[rank::world]:
-        if run["identity"] in finished and not is_missing(args, run):
+        missing = is_missing(args, run)
+        if run["identity"] in finished and not missing:
             stood += 1
         else:
             todo.append(run)
 
-    made = 0
+    made, diverged = 0, []
     for run in tqdm(todo, "runs", disable=True if rank else None):
         done = {identity(row) for row in read_results(out)}
         if run["identity"] in done - finished and not args.save and not args.restart:
             continue  # another process with the same command was here first
-        add_result(out, run_one(args, run, weights), args.restart)
+        try:
+            row = run_one(args, run, weights)
+        except Diverged as error:  # the others go on
+            task, start = run["task"]["model"].task.name, run["prompt"]
+            diverged.append(f"{task}, {run['method']} ({start}), seed {run['seed']}: {error}")
+            tqdm.write(diverged[-1])
+            continue
+
+        add_result(out, row, args.restart)
         made += 1
 
     results = read_results(out)
@@ -207,8 +218,11 @@ def run_all(args):
         word = "run" if made == 1 else "runs"
         print(f"wrote {out}: {made} new {word}{here}, {stood} stood there already{kept}")
 
+    if diverged:
+        raise Diverged(f"{len(diverged)} of {len(todo)} runs have no result; {diverged[0]}")
 
-def check_prompts(args, width):
+
+def check_prompts(args, t5):
     """Raises InputError where a prompt cannot be used: before a sweep rather than in it."""
     if "pt" not in args.method:
         return
@@ -216,9 +230,19 @@ def check_prompts(args, width):
         message = "two of the prompts have one name, and so would their tuned ones"
         raise InputError(f"--save: {message}; rename a folder")
     for prompt in args.prompt:
-        base = load_prompt(prompt, width)[1]["base_model"] if prompt != "random" else None
-        if base and base != args.model and data.rank_and_world()[0] == 0:
-            print(f"{prompt} was learned with {base}, and is used with {args.model}")
+        if prompt != "random":
+            _, facts = load_prompt(prompt, t5.config.d_model)
+            notice_another_t5(prompt, facts, args.model, t5)
+
+
+def notice_another_t5(prompt, facts, name, t5):
+    """Says so where a prompt is used with another T5 than it was learned with."""
+    base = facts["base_model"]
+    its_own = facts.get("digests", {}).get(base) in (None, data.fingerprint(t5))
+    if data.rank_and_world()[0] > 0 or base in (None, name) and its_own:
+        return
+    now = name if its_own else "another T5 that is there now"
+    print(f"{prompt} was learned with {base}, and is used with {now}", file=sys.stderr)
 
 
 def load_task(folder, t5, tokenizer, args):
@@ -337,16 +361,18 @@ def run_one(args, run, weights):
     settings = {name: run["settings"][name] for name in names} | {"seed": run["seed"]}
     examples, rate = (training, validation), run["settings"]["learning_rate"]
     full = run["method"] == "ft"
-    if full and args.search:
-        tuned, course = search(model, start, *examples, **settings)
-    else:
-        tuned, course = tune(model, start, *examples, rate, full=full, **settings)
+    try:
+        if full and args.search:
+            tuned, course = search(model, start, *examples, **settings)
+        else:
+            tuned, course = tune(model, start, *examples, rate, full=full, **settings)
+        score = model.evaluate(tuned, test)
+    finally:
+        if full:
+            model.t5.load_state_dict(weights)
 
-    score = model.evaluate(tuned, test)
     score["macro_f1"] = macro_f1(score["confusion"])
-    if full:
-        model.t5.load_state_dict(weights)
-    elif args.save:
+    if args.save and not full:
         how = {"template": model.task.template, "words": model.task.words}
         how |= {"accuracy": score["accuracy"]}
         save_prompt(saved_folder(args, run), tuned, model.t5, **row, **made, **how)
@@ -389,12 +415,20 @@ def warn_of_one_class(task, training, run):
 
 
 def is_missing(args, run):
-    """Whether --save wants a tuned prompt that its folder does not hold."""
+    """Whether --save wants a tuned prompt that its folder does not hold. Raises InputError where
+    that holds another run's."""
     if not args.save or run["method"] == "ft":
         return False
     folder = saved_folder(args, run)
-    facts = load_prompt(folder)[1] if folder.exists() else {}
-    return any(key not in facts for key in KINDS) or identity(facts) != run["identity"]
+    if not (folder / "metapt.json").exists():  # which is written last
+        return True
+
+    facts = load_prompt(folder)[1]
+    same = all(key in facts for key in KINDS) and identity(facts) == run["identity"]
+    if not same and not args.restart:
+        mend = "give another --save, or --restart to replace it"
+        raise InputError(f"{folder}: it holds a prompt of another run; {mend}")
+    return not same
 
 
 def saved_folder(args, run):
@@ -412,7 +446,8 @@ def predict(args):
 
     with blame(args.prompt[0], "name a --task", TypeError):
         if not args.max_length:
-            args.max_length = int(facts.get("settings", {}).get("max_length", data.MAX_LENGTH))
+            flags = facts.get("settings") or facts.get("arguments") or {}
+            args.max_length = int(flags.get("max_length", data.MAX_LENGTH))
         if args.task:
             task = Task.load(args.task[0])
         else:
@@ -421,7 +456,9 @@ def predict(args):
     if args.out:
         data.try_place(args.out)
 
-    t5, tokenizer = load_t5(args.model or facts["base_model"], args.device, args.dtype)
+    name = args.model or facts["base_model"]
+    t5, tokenizer = load_t5(name, args.device, args.dtype)
+    notice_another_t5(args.prompt[0], facts, name, t5)
     model = PromptedT5(t5, tokenizer, task, args.max_length)
     prompt = load_prompt(args.prompt[0], t5.config.d_model)[0].to(model.device)
     examples = list(data.read_examples(args.predict, task, labelled=False))
@@ -566,10 +603,14 @@ def varying(rows, keys):
 
 
 def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
-    """The lines of a table: {(model, x, method, details): {task: {(prompt, seed): accuracy in
+    """The lines of a table: {(model, x, method, details): {task: {(start, seed): accuracy in
     points}}}. The details are the prompt, or all trainings of one prompt, and those of `keys` in
-    which the rows of a method differ."""
+    which the rows of a method differ. The start is a learned prompt's digest: the same one in two
+    folders is one training."""
     rows = [{**row, **row["settings"]} for row in results]
+    models = {row["model"] for row in rows}
+    namesakes = Counter(Path(model).name for model in models)
+    short = {m: Path(m).name if namesakes[Path(m).name] == 1 else m for m in models}
     differing = varying(rows, [key for key in keys if key != "prompt"])
     trainings = {}
     for row in rows:
@@ -582,9 +623,10 @@ def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
         details = [f"{key} {row.get(key)}" for key in differing[row["method"]]]
         if "prompt" in keys and row["method"] != "ft":
             details = [*trainings[row.get("recipe") or row["prompt"]], *details]
-        name = (Path(row["model"]).name, row[x], method_name(row), ", ".join(details))
+        name = (short[row["model"]], row[x], method_name(row), ", ".join(details))
         scores = lines.setdefault(name, {}).setdefault(row["task"], {})
-        scores[row["prompt"], row["seed"]] = 100 * row["accuracy"]
+        start = row["method"] if row["method"] in ("random", "ft") else row["digest"]
+        scores[start, row["seed"]] = 100 * row["accuracy"]
 
     return dict(sorted(lines.items(), key=lambda line: line[0][:2]))
 
@@ -619,14 +661,15 @@ def score_table(results, paper):
             best[key] = max(best.get(key, 0), spread(scores.values())[0])
 
     def cell(lines, name, task):
-        mean, deviation, count = spread(lines[name][task].values())
+        scores = lines[name][task]
+        mean, deviation, count = spread(scores.values())
         text = f"{mean:.2f} ± {deviation:.2f}" if count > 1 else f"{mean:.2f}"
         if mean == best[name[0], name[1], task]:
             text = f"**{text}**"
-        trainings = len({prompt for prompt, _ in lines[name][task]})
-        if trainings > 1:
-            text += f" ({trainings} × {count // trainings})"
-        elif count != 5:
+        trainings, seeds = len({start for start, _ in scores}), len(seeds_of(scores))
+        if trainings > 1 and count == trainings * seeds:
+            text += f" ({trainings} × {seeds})"
+        elif trainings > 1 or count != 5:
             text += f" ({count})"
         theirs = paper_value(paper, name, task)
         if theirs:
@@ -666,7 +709,7 @@ def gain_table(results, against):
 
 
 def gain(ours, theirs):
-    """The mean of what one line {(prompt, seed): accuracy} is ahead of another, and half of its
+    """The mean of what one line {(start, seed): accuracy} is ahead of another, and half of its
     95 % t interval. A seed draws the same examples for both, so draws are compared in pairs. Where
     a line holds several trainings of its prompt, the variance over trainings is added to that over
     draws: the interval is then about the next training and the next draw."""
@@ -691,7 +734,7 @@ def gain(ours, theirs):
 
 
 def seeds_of(line):
-    """The seeds of a line {(prompt, seed): accuracy}."""
+    """The seeds of a line {(start, seed): accuracy}."""
     return {seed for _, seed in line}
 
 
@@ -721,14 +764,17 @@ def print_confusion(words, counts):
 
 
 def print_confusions(results):
-    """A confusion matrix for each model, number of shots, method, prompt and task, summed over the
-    seeds."""
-    sums = {}
-    for row in results:
-        name = (row["task"], method_name(row), row["prompt"], row["shots"], tuple(row["words"]))
+    """A confusion matrix for each task, method, prompt, number of shots and settings, summed over
+    the seeds."""
+    rows = [{**row, **row["settings"]} for row in results]
+    differing, sums = varying(rows, RESULT_ARGUMENTS), {}
+    for row in rows:
+        facts = [row["task"], f"{method_name(row)} ({row['prompt']})", f"{row['shots']} shots"]
+        facts += [f"{key} {row.get(key)}" for key in differing[row["method"]]]
+        name = ", ".join(facts), tuple(row["words"])
         sums[name] = sums.get(name, 0) + np.array(row["confusion"])
-    for (task, method, prompt, shots, words), counts in sums.items():
-        print(f"\n{task}, {method} ({prompt}), {shots} shots, all seeds:")
+    for (name, words), counts in sums.items():
+        print(f"\n{name}, all seeds:")
         print_confusion(words, counts.tolist())
 
 
@@ -785,8 +831,9 @@ def print_report(args):
 
 
 def curves(results, x):
-    """{name: {x: {task: {seed: accuracy in points}}}}: the lines of Figure 2 (x is shots), 3a
-    (source_size) or 3b (clusters), each of at least two points. Raises InputError without any."""
+    """{name: {x: {task: {(start, seed): accuracy in points}}}}: the lines of Figure 2 (x is shots),
+    3a (source_size) or 3b (clusters), each of at least two points. A point of Figure 3 is of all
+    prompts of its size or number. Raises InputError without any."""
     others = [key for key in ("shots", *SOURCE_FACTS[1:3]) if key != x]
     keys = ("prompt",) if x == "shots" else tuple(others)
     rows = [row for row in results if isinstance(row.get(x), int)]
@@ -905,14 +952,18 @@ def main(argv=None):
     args = parser.parse(argv)
     if args.predict and args.prompt == ["random"]:
         parser.error("--predict needs --prompt FOLDER, a prompt that --save kept")
-    if args.figure and not args.report:
-        parser.error("--figure plots the results of --report FILE")
+    if args.predict and (len(args.prompt) > 1 or len(args.task or []) > 1):
+        parser.error("--predict takes one --prompt and one --task")
+    if (args.figure or args.against) and not args.report:
+        parser.error("--figure and --against are about the results of --report FILE")
     if args.predict:
         return predict(args)
     if args.report:
         return print_report(args)
     if not args.task:
         parser.error("--task FOLDER is needed")
+    if args.search and "ft" not in args.method:
+        parser.error("--search is full tuning's; add --method ft")
     if args.save and "pt" not in args.method:
         parser.error("--save keeps tuned prompts, and full tuning has none; add --method pt")
     if "ft" in args.method and args.dtype == "bfloat16":

@@ -765,6 +765,19 @@ def test_read_sst2_of_glue(tmp_path):
         list(data.read_sst2(path / "SST-2/test.tsv"))
 
 
+def test_the_official_file_is_found_among_its_kin(tmp_path):
+    names = ["EN_REST_SB2_TEST.xml.gold", "DU_REST_SB1_TEST.xml.gold", "EN_REST_SB1_TEST.xml.gold"]
+    names += ["ABSA16_Restaurants_Train_SB1_v2.xml", "ABSA16_Restaurants_Train_English_SB2.xml"]
+    path = pack(tmp_path / "semeval.zip", dict.fromkeys(names, ""))
+    assert data.find_splits(path, data.RESTAURANTS) == {
+        "train": path / "ABSA16_Restaurants_Train_SB1_v2.xml",
+        "test": path / "EN_REST_SB1_TEST.xml.gold",
+    }
+    names = ["._sentihood-train.json", "sentihood-train.json"]  # as macOS packs it
+    path = pack(tmp_path / "sentihood.tgz", dict.fromkeys(names, ""))
+    assert data.find_splits(path, data.SENTIHOOD) == {"train": path / "sentihood-train.json"}
+
+
 ZHANG_TRAPS = [  # a line of the official CSV, and the text that was written
     ('"5","plain"', "plain"),
     ('"1","a, b\\nc\\n\\nd"', "a, b\nc\n\nd"),
@@ -857,6 +870,8 @@ def test_convert_counts_what_it_drops_and_can_make_a_test_split(tmp_path, capsys
     assert "1 (out of scope), 1 (mixed opinions), 1 (no opinion)" in printed
     train, test = (read_lines(out / f"{split}.jsonl") for split in ("train", "test"))
     assert len(train) == 2 and len(test) == 1 and test[0] not in train
+    run(data, "convert", "semeval_restaurant", input=tmp_path, out=out)
+    assert not (out / "test.jsonl").exists()  # its lines are in train.jsonl again
 
 
 # ------------------------------------------------------------- data.py: pseudo-labels, Section 4.1
@@ -924,6 +939,12 @@ def test_labeller_learns_and_keeps_its_best(labeller):
     assert [line["step"] for line in log] == [50, 100]
     assert max(line["accuracy"] for line in log) > 0.8
     assert Task.load(labeller).words == ["bad", "good"]
+    where = {"task": labeller.parent / "task", "model": labeller.parent / "roberta"}
+    with pytest.raises(InputError, match="a labeller stands there already; give another --out"):
+        run(data, "labeller", out=labeller, validation=60, **where)
+    with pytest.raises(InputError, match="takes 512 tokens; lower --max-length 513"):
+        run(data, "labeller", out=labeller, validation=60, max_length=513, restart=True, **where)
+    assert read_lines(labeller / "log.jsonl") == log
 
 
 def test_pseudo_labels_are_sure_balanced_and_without_duplicates(labeller, tmp_path):
@@ -950,7 +971,7 @@ def test_balancing_again_labels_nothing_again(labeller, tmp_path, monkeypatch, c
         pseudo_label(labeller, tmp_path / "source", confidence=1)
     assert "labelled so; lower --confidence: what was labelled is kept" in str(error.value)
     assert "bad: 166 labelled, sure of 0 different texts" in capsys.readouterr().out
-    monkeypatch.setattr(data, "classify", None)
+    monkeypatch.setattr(data, "label_corpus", None)  # nor is the corpus read again
     again = pseudo_label(labeller, tmp_path / "source", confidence=0.9)
     monkeypatch.undo()
     assert again == pseudo_label(labeller, tmp_path / "whole", confidence=0.9)
@@ -1069,12 +1090,13 @@ def test_word_runs_see_through_the_forms_of_a_treebank():
     assert data.word_runs("Short one!") == {"short one"}
 
 
-def pretrain(world, out, **flags):
+def pretrain(world, out, *switches, **flags):
     data.main(
         ["pretrain", "--corpus", f"{world}/corpus/train.jsonl", "--task", f"{world}/corpus"]
         + f"--out {out} --d-model 16 --d-ff 16 --heads 2 --layers 1 --pieces 300".split()
         + "--max-steps 6 --eval-every 4 --batch-size 4 --labelled 4 --dtype float32".split()
         + [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        + list(switches)
     )
 
 
@@ -1100,6 +1122,24 @@ def test_a_stopped_pretraining_continues_to_the_same_bytes(world, tmp_path, monk
     PromptedT5(t5, tokenizer, SENTIMENT)
     with pytest.raises(InputError, match="this run began with --max-steps 6, not 9"):
         pretrain(world, tmp_path / "parts", **{"max-steps": 9})
+
+
+def test_pretraining_anew_takes_nothing_of_an_earlier_run(world, tmp_path, monkeypatch):
+    pretrain(world, tmp_path / "t5")
+    monkeypatch.setattr(data, "new_t5", None)
+    with pytest.raises(TypeError):  # killed before its first checkpoint
+        pretrain(world, tmp_path / "t5", "--restart", seed=2)
+    monkeypatch.undo()
+    pretrain(world, tmp_path / "t5", seed=2)
+    pretrain(world, tmp_path / "other", seed=2)
+    weights = [tmp_path / name / "model.safetensors" for name in ("t5", "other")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_pretraining_that_diverges_ends(world, tmp_path):
+    with pytest.raises(metapt.Diverged, match="step 4: the loss is not finite; lower --learning"):
+        pretrain(world, tmp_path / "t5", **{"learning-rate": 1e30})
+    assert not (tmp_path / "t5" / "checkpoint.safetensors").exists()
 
 
 def test_pretraining_learns_both_of_its_objectives(tokenizer):
@@ -1209,6 +1249,8 @@ def test_small_clusters_are_an_error_or_dropped(tmp_path):
     examples = make_examples(40) + [{"text": "alone", "label": 4}] * 9
     data.write_task(tmp_path, SENTIMENT, {"examples": examples})
     flags = {"source": tmp_path / "examples.jsonl", "method": "label", "min_size": 9}
+    with pytest.raises(InputError, match="cluster 0 has 12 .* fewer than the 13"):
+        cluster.check_sizes("x", np.arange(3600) % 300, None, False)  # as train_meta.py has it
     with pytest.raises(InputError, match="cluster 0 has 8 examples, fewer than the 9 .*--drop-sm"):
         run(cluster, **flags)
     assert not (tmp_path / "label.jsonl").exists()
@@ -1284,6 +1326,15 @@ def test_support_query_and_held_out_examples_are_disjoint():
     assert train_meta.draw(tasks, 4, 1, 7) == train_meta.draw(tasks, 4, 1, 7)
     with pytest.raises(InputError, match="cluster 0 has 30 examples"):
         train_meta.split_clusters(examples, validation=75, m=4, seed=1)
+
+
+def test_a_large_batch_of_ppt_leaves_its_validation_as_it_is(world, tmp_path, capsys):
+    for size in (4, 32):
+        learn(world, tmp_path / f"{size}", "ppt", batch_size=size, max_steps=0)
+    start = [read_lines(tmp_path / name / "log.jsonl")[0] for name in ("4", "32")]
+    assert start[0] == start[1]
+    with pytest.raises(InputError, match="3960 examples to train on; lower --batch-size"):
+        learn(world, tmp_path / "huge", "ppt", batch_size=5000)
 
 
 def test_validate_adapts_to_each_cluster_and_scores_the_rest(model):
@@ -1425,6 +1476,8 @@ def test_a_t5_made_anew_in_its_folder_is_another(world, tmp_path, capsys):
     with torch.no_grad():
         t5.shared.weight += 1
     t5.save_pretrained(tmp_path / "t5")
+    tune(world, tmp_path / "other.jsonl", prompt=tmp_path / "run", seeds=1, model=flags["model"])
+    assert "used with another T5 that is there now" in capsys.readouterr().err
     assert len(tune(world, kind="ft", seeds=1, **flags)) == 2
     assert len(finetune.newest(read_lines(tmp_path / "r.jsonl"))) == 1
     with pytest.raises(InputError, match="t5: not the one that the run"):
@@ -1500,6 +1553,8 @@ def test_search_keeps_the_best_by_validation(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train_meta, "ALPHAS", [0.08])
     monkeypatch.setattr(train_meta, "BETAS", [0.3, 0.001])
     prompt = learn(world, tmp_path / "run", search=True)
+    one = json.loads((tmp_path / "run" / "alpha0.08-beta0.3" / "arguments.json").read_text())
+    assert one["search"] is False  # so that --config runs it alone
     runs = [load_prompt(tmp_path / "run" / f"alpha0.08-beta{beta}") for beta in (0.3, 0.001)]
     best = max(runs, key=lambda run: (round(run[1]["accuracy"], 9), -run[1]["loss"]))
     assert torch.equal(prompt, best[0])
@@ -1515,16 +1570,21 @@ def test_search_leaves_out_rates_at_which_it_diverges(world, tmp_path, monkeypat
         return train(args)
 
     monkeypatch.setattr(train_meta, "train", diverging)
-    monkeypatch.setattr(train_meta, "BETAS", [0.3, 0.1])
-    learn(world, tmp_path / "ppt", "ppt", search=True)  # PPT has no α to search
-    assert "alpha0.08-beta0.1, the best of 1 by" in capsys.readouterr().out
     monkeypatch.setattr(train_meta, "BETAS", [0.3])
+    learn(world, tmp_path / "ppt", "ppt", search=True)  # PPT has no α to search, and A.2's own rate
+    assert "alpha0.08-beta0.003, the best of 1 by" in capsys.readouterr().out
+    monkeypatch.setitem(train_meta.PPT, "learning_rate", 0.3)
     with pytest.raises(InputError, match="it diverges with every pair of rates"):
         learn(world, tmp_path / "none", "ppt", search=True)
 
 
 def test_source_size_and_the_facts_of_a_prompt(world, tmp_path):
     learn(world, tmp_path / "run", source_size=500)
+    shutil.copytree(world / "source", tmp_path / "source")
+    packed = tmp_path / "source" / "clustered.jsonl.gz"
+    packed.write_bytes(data.gzip.compress(packed.with_suffix("").read_bytes()))
+    learn(world, tmp_path / "packed", source=packed, max_steps=0)
+    assert load_prompt(tmp_path / "packed")[1]["clustering"] == "kmeans"
     facts, source = load_prompt(tmp_path / "run")[1], world / "source" / "clustered.jsonl"
     found = (facts["source_size"], facts["clusters"], facts["clustering"])
     assert found == (500, 4, "kmeans")
@@ -1606,6 +1666,11 @@ def test_other_data_or_a_missing_folder_makes_a_run_new(world, tmp_path, capsys)
     test.write_text("".join(test.read_text().splitlines(keepends=True)[:300]))
     assert len(tune(world, out, seeds=1, **flags)) == 2
     assert capsys.readouterr().out.count("1 new run, 0 stood there already") == 3
+    with pytest.raises(InputError, match="books-random-8-1: it holds a prompt of another run"):
+        tune(world, out, seeds=1, save=tmp_path / "tuned", **flags)
+    tune(world, out, seeds=1, save=tmp_path / "tuned", restart=True, **flags)
+    with pytest.raises(InputError, match="prompt: Not a directory; give another place"):
+        tune(world, out, seeds=2, save=test, **flags)
     for name in ("a/x", "b/x"):
         save_prompt(tmp_path / name, torch.zeros(3, 64), metapt.load_t5(world / "t5")[0])
     with pytest.raises(InputError, match="two tasks have one name, of .'books', 'books'"):
@@ -1632,6 +1697,21 @@ def test_full_tuning_that_diverges_is_no_result(world, tmp_path):
     with pytest.raises(InputError, match=message):
         tune(world, out, "ft", seeds=1, learning_rate=1e20)
     assert not out.exists()
+
+
+def test_runs_go_on_after_one_that_diverges(world, tmp_path, monkeypatch):
+    run_one = finetune.run_one
+
+    def diverging(args, run, weights):
+        if run["seed"] == 1:
+            raise metapt.Diverged("no epoch's validation loss is finite")
+        return run_one(args, run, weights)
+
+    out, flags = tmp_path / "results.jsonl", {"task": world / "books", "prompt": "random"}
+    monkeypatch.setattr(finetune, "run_one", diverging)
+    with pytest.raises(InputError, match="1 of 2 runs have no result; books, pt .random., seed 1"):
+        tune(world, out, seeds=[1, 2], **flags)
+    assert [row["seed"] for row in read_lines(out)] == [2]
 
 
 def test_few_examples_of_one_class_bring_a_warning(world, tmp_path, capsys):
@@ -1797,7 +1877,7 @@ def result(
         "prompt": prompt or f"prompts/{method}",
         "shots": shots,
         "seed": seed,
-        "digest": "0",
+        "digest": prompt or method,
         "data": "0",
         "settings": {"model": model, "learning_rate": learning_rate},
         "accuracy": accuracy,
@@ -1905,6 +1985,20 @@ def test_a_table_holds_the_newest_of_a_task_and_no_two_lengths_in_a_line(tmp_pat
     assert "| random, prompt_length 100 | **100.00** (1)" in printed
 
 
+def test_namesakes_are_told_apart_and_one_training_in_two_folders_is_one(tmp_path, capsys):
+    rows = [result("ft", 0.3, 1, "none", model="a/t5"), result("ft", 0.9, 1, "none", model="b/t5")]
+    for name, digest in (("metapt", "one"), ("k10", "one"), ("again", "two")):
+        how = {"recipe": "a", "digest": digest}
+        rows += [result("maml", a, seed, name, **how) for seed, a in enumerate(METAPT)]
+    report(tmp_path, rows)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "| a/t5 | 40 | FT | - | **30.00** (1) |" in printed
+    assert "| b/t5 | 40 | FT | - | **90.00** (1) |" in printed
+    assert "| t5-base | 40 | MetaPT | metapt, k10, again | **45.00 ± 1.49** (2 × 5)" in printed
+    report(tmp_path, rows[:-3])
+    assert "(7)" in capsys.readouterr().out  # five draws with one training, two with the other
+
+
 def test_a_recipe_is_a_prompts_arguments_without_its_seed():
     facts = {"arguments": {"seed": 1, "out": "a", "alpha": 0.08}, "digests": {"source": "0"}}
     again = {"arguments": {"seed": 2, "out": "b", "alpha": 0.08}, "digests": {"source": "0"}}
@@ -1916,10 +2010,13 @@ def test_a_recipe_is_a_prompts_arguments_without_its_seed():
 
 def test_report_prints_confusion_matrices(tmp_path, capsys):
     facts = {"words": ["bad", "good"], "confusion": [[3, 1], [0, 4]]}
-    report(tmp_path, [result("maml", 0.9, seed, **facts) for seed in (1, 2)], confusion=True)
+    rows = [result("maml", 0.9, seed, **facts) for seed in (1, 2)]
+    rows += [result("ft", 0.9, 1, "none", model=model, **facts) for model in ("a/t5", "b/t5")]
+    report(tmp_path, rows, confusion=True)
     printed = " ".join(capsys.readouterr().out.split())
     assert "sst5, MetaPT (prompts/maml), 40 shots, all seeds" in printed
     assert "| bad | 6 | 2 | | good | 0 | 8 |" in printed
+    assert "FT (none), 40 shots, model b/t5, all seeds" in printed and "| 3 | 1 |" in printed
     with pytest.raises(InputError, match="'words' is missing; run them again for --confusion"):
         report(tmp_path, [result("maml", 0.9, 1)], confusion=True)
 
@@ -2079,7 +2176,7 @@ def read_clustering(path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "provenance", lambda *args: {})
         patch.setattr(data, "read_examples", lambda *args: examples)
-        return train_meta.read_source(args, SENTIMENT)
+        return train_meta.read_source(args, SENTIMENT, 1)
 
 
 def read_clusters(path):
@@ -2087,7 +2184,7 @@ def read_clusters(path):
     args.batch_size, args.seed, args.device = 1, 1, "cpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "provenance", lambda *args: {})
-        return train_meta.read_source(args, SENTIMENT)
+        return train_meta.read_source(args, SENTIMENT, 1)
 
 
 def read_arguments(path):
@@ -2441,7 +2538,8 @@ BAD_FLAGS = [
         [*BOOKS, "--method", "ft", "--dtype", "bfloat16"],
         "--dtype bfloat16 is for a frozen",
     ),
-    (finetune, [*BOOKS, "--figure", "x.png"], "--figure plots the results of --report"),
+    (finetune, [*BOOKS, "--figure", "x.png"], "--against are about the results of --report"),
+    (finetune, [*BOOKS, "--search"], "--search is full tuning's; add --method ft"),
     (finetune, [*BOOKS, "--figure", "x.txt"], "--figure: x.txt must end in .png, .pdf or .svg"),
     (
         finetune,
@@ -2452,7 +2550,16 @@ BAD_FLAGS = [
     (finetune, [], "--task FOLDER is needed"),
     (cluster, ["--source", "{demo}/source/examples.jsonl", "--k", "1"], "--k: 1 is not a whole nu"),
     (cluster, ["--source", "{demo}/source", "--k", "3"], "source is a folder; give a file"),
-    (cluster, ["--source", "{demo}/pt.json", "--k", "3", "4", "--out", "x"], "--out goes with one"),
+    (
+        cluster,
+        ["--source", "{demo}/pt.json", "--k", "3", "4", "--out", "x"],
+        "--out and --method label go with",
+    ),
+    (
+        cluster,
+        ["--source", "{demo}/pt.json", "--k", "3", "4", "--method", "label"],
+        "--method label go with one --k",
+    ),
     (cluster, ["--source", "{demo}/pt.json", "--out", "task.jsonl"], "must end in .jsonl; its arg"),
     (cluster, ["--source", "{demo}/pt.json", "--out", "k.json"], "must end in .jsonl; its arg"),
     (data, ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no file of this dataset here"),

@@ -41,6 +41,7 @@ MAML = {"learning_rate": 0.025, "max_steps": 20_000, "eval_every": 500, "patienc
 PPT = {"learning_rate": 0.003, "max_steps": 1_250_000, "eval_every": 20_000, "patience": 5}  # A.2
 SETTINGS = {"maml": MAML, "fomaml": MAML, "reptile": MAML, "ppt": PPT}
 ALPHA = 0.08  # the inner loop's learning rate, A.3
+M = 4  # its examples, Section 4.3
 ALPHAS = [0.8, 0.3, 0.08, 0.03, 0.008]  # A.3's search
 BETAS = [0.3, 0.08, 0.03, 0.025, 0.008]
 EPOCHS = 5  # of PPT at most, A.2
@@ -136,12 +137,13 @@ def validate(model, prompt, held_out, alpha):
 
 def train(args):
     """One run from source data to the best prompt, in the folder args.out; returns its score."""
-    out, m, ppt = Path(args.out), args.batch_size, args.method == "ppt"
+    out, ppt = Path(args.out), args.method == "ppt"
+    m = M if ppt else args.batch_size  # PPT, whatever its batch, is scored on what MetaPT is
     # PPT's schedule knows its end, so that more steps would be another run.
     more = ["patience"] if ppt else ["patience", "max_steps"]
     data.check_arguments(out / "arguments.json", args, more)
     task = Task.load(Path(args.source).parent)
-    tasks, held_out, facts = read_source(args, task)
+    tasks, held_out, facts = read_source(args, task, m)
     model = PromptedT5(*load_t5(args.model, args.device, args.dtype), task, args.max_length)
     facts["digests"][args.model] = data.fingerprint(model.t5)
     held_out = [encode_held_out(model, examples, m, ppt) for examples in held_out]
@@ -297,7 +299,7 @@ def check_finite(args, model, prompt, drawn, step, gradient, loss):
     )
 
 
-def read_source(args, task):
+def read_source(args, task, m):
     """The meta-tasks: [training examples of each], [held-out examples of each], and the facts that
     go with the prompt. PPT mixes all source data into one task. Raises InputError."""
     examples = list(data.read_examples(args.source, task))
@@ -311,11 +313,16 @@ def read_source(args, task):
         raise InputError(f"{args.source}: no clusters, or not for every line; {mend}")
 
     try:
-        tasks, held_out = split_clusters(examples, args.validation, args.batch_size, args.seed)
+        tasks, held_out = split_clusters(examples, args.validation, m, args.seed)
     except InputError as error:
         raise InputError(f"{args.source}: {error}")
 
-    made = Path(args.source).with_suffix(".json")  # cluster.py's arguments
+    size = sum(map(len, tasks))
+    if args.batch_size > size:
+        raise InputError(f"{args.source}: {size} examples to train on; lower --batch-size")
+
+    made = Path(args.source).with_name(data.unpacked_name(args.source))
+    made = made.with_suffix(".json")  # cluster.py's arguments
     clustering = read_json(made, "make the clusters again").get("method") if made.exists() else None
     facts = {
         "method": args.method,
@@ -328,7 +335,7 @@ def read_source(args, task):
     }
     if data.rank_and_world()[0] == 0:
         print(
-            f"{args.method} on {sum(map(len, tasks)):,} examples in {len(tasks)} clusters; "
+            f"{args.method} on {size:,} examples in {len(tasks)} clusters; "
             f"{sum(map(len, held_out)):,} others validate",
             flush=True,
         )
@@ -364,13 +371,16 @@ def save(out, tensors, optimizer, step, log, t5, facts):
 
 
 def search(args):
-    """Appendix A.3's search: a run for every α and β of the paper (PPT has no α), each in a folder
-    of its own in args.out; the prompt with the best validation becomes the one of args.out."""
+    """Appendix A.3's search: a run for every α and β of the paper (PPT has no α, and A.2's own rate
+    beside every β), each in a folder of its own in args.out; the prompt with the best validation
+    becomes the one of args.out."""
     folders, scores = [], []
-    alphas = [args.alpha] if args.method == "ppt" else ALPHAS
-    for alpha, beta in itertools.product(alphas, BETAS):
+    alphas, betas = ALPHAS, BETAS
+    if args.method == "ppt":
+        alphas, betas = [args.alpha], [PPT["learning_rate"], *BETAS]
+    for alpha, beta in itertools.product(alphas, betas):
         folder = Path(args.out) / f"alpha{alpha}-beta{beta}"
-        run = {"alpha": alpha, "learning_rate": beta, "out": str(folder)}
+        run = {"alpha": alpha, "learning_rate": beta, "out": str(folder), "search": False}
         try:
             scores.append(train(argparse.Namespace(**{**vars(args), **run})))
             folders.append(folder)
@@ -408,7 +418,7 @@ def main(argv=None):
     parser.add("--model", "a T5 by hub name or folder", data.MODEL)
     parser.add("--alpha", "the inner loop's learning rate α", ALPHA, type=positive)
     parser.add_setting("--learning-rate", "AdamW's, the outer loop's β", SETTINGS, type=positive)
-    parser.add("--batch-size", m, 4, type=whole(1))
+    parser.add("--batch-size", m, M, type=whole(1))
     parser.add_setting("--max-steps", "steps at most", SETTINGS, type=whole(0))
     parser.add_setting("--eval-every", "steps between evaluations", SETTINGS, type=whole(1))
     parser.add_setting("--patience", patience, SETTINGS, type=whole(1))

@@ -136,4 +136,5 @@ def main():
 
 
 if __name__ == "__main__":
+    data.Parser(__doc__).parse_args()
     data.run(main)
