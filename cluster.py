@@ -310,7 +310,8 @@ def main(argv=None):
     parser.add("--min-size", size, type=whole(1))
     parser.add_switch("--drop-small", "leaves smaller clusters out")
     parser.add("--vocabulary", "words that LDA and the report count", 10_000, type=whole(1))
-    parser.add("--seed", "of K-means, LDA, random clusters and t-SNE", 1, type=whole(0))
+    seed = whole(0, 2**31 - 1)  # FAISS takes no larger one
+    parser.add("--seed", "of K-means, LDA, random clusters and t-SNE", 1, type=seed)
     parser.add_device_flag()
     parser.add("--out", out, metavar="FILE")
     args = parser.parse(argv)

@@ -1462,14 +1462,15 @@ class Parser(argparse.ArgumentParser):
 # What a flag takes, for `type=`: the range of a number stands where the flag is declared.
 
 
-def whole(least):
-    """A whole number of at least `least`."""
+def whole(least, most=2**63 - 1):
+    """A whole number from `least` to `most`."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if least <= int(text) < 2**63:
+            if least <= int(text) <= most:
                 return int(text)
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
+        limit = "" if most == 2**63 - 1 else f" and at most {most}"
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more{limit}")
 
     return parse
 

@@ -2550,6 +2550,7 @@ BAD_FLAGS = [
     (finetune, [], "--task FOLDER is needed"),
     (cluster, ["--source", "{demo}/source/examples.jsonl", "--k", "1"], "--k: 1 is not a whole nu"),
     (cluster, ["--source", "{demo}/source", "--k", "3"], "source is a folder; give a file"),
+    (cluster, ["--source", "{demo}/pt.json", "--seed", "2147483648"], "or more and at most 21474"),
     (
         cluster,
         ["--source", "{demo}/pt.json", "--k", "3", "4", "--out", "x"],
