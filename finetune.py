@@ -189,22 +189,7 @@ def run_all(args):
         else:
             todo.append(run)
 
-    made, diverged = 0, []
-    for run in tqdm(todo, "runs", disable=True if rank else None):
-        done = {identity(row) for row in read_results(out)}
-        if run["identity"] in done - finished and not args.save and not args.restart:
-            continue  # another process with the same command was here first
-        try:
-            row = run_one(args, run, weights)
-        except Diverged as error:  # the others go on
-            task, start = run["task"]["model"].task.name, run["prompt"]
-            diverged.append(f"{task}, {run['method']} ({start}), seed {run['seed']}: {error}")
-            tqdm.write(diverged[-1])
-            continue
-
-        add_result(out, row, args.restart)
-        made += 1
-
+    made, diverged = make_runs(args, todo, finished, weights)
     results = read_results(out)
     if {run["identity"] for run in runs} <= {identity(row) for row in results}:
         # Under torchrun this is not so before the last process ends.
@@ -220,6 +205,28 @@ def run_all(args):
 
     if diverged:
         raise Diverged(f"{len(diverged)} of {len(todo)} runs have no result; {diverged[0]}")
+
+
+def make_runs(args, todo, finished, weights):
+    """Makes runs and adds them to the results; returns how many, and the errors of those that
+    diverged."""
+    out, made, diverged = Path(args.out), 0, []
+    for run in tqdm(todo, "runs", disable=True if data.rank_and_world()[0] else None):
+        done = {identity(row) for row in read_results(out)}
+        if run["identity"] in done - finished and not args.save and not args.restart:
+            continue  # another process with the same command was here first
+        try:
+            row = run_one(args, run, weights)
+        except Diverged as error:  # the others go on
+            task, start = run["task"]["model"].task.name, run["prompt"]
+            diverged.append(f"{task}, {run['method']} ({start}), seed {run['seed']}: {error}")
+            tqdm.write(diverged[-1])
+            continue
+
+        add_result(out, row, args.restart)
+        made += 1
+
+    return made, diverged
 
 
 def check_prompts(args, t5):
