@@ -628,6 +628,15 @@ def in_pairs(examples, task):
     return [(text, example["label"]) for text, example in zip(texts, examples)]
 
 
+def save_model(out, model, tokenizer, task=None):
+    """Writes a model, its tokenizer and, where one is given, its task: all of it or nothing."""
+    with folder_beside(out) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        if task:
+            task.save(beside)
+
+
 def train_labeller(args):
     """Trains the labeller and writes the best by accuracy on the validation examples, with its
     tokenizer and the task, to args.out."""
@@ -660,10 +669,7 @@ def train_labeller(args):
             log.append({"step": step, "accuracy": accuracy, "loss": 1 - accuracy})
             best = log[best_of(log)]
             if best is log[-1]:
-                with folder_beside(out) as beside:
-                    model.save_pretrained(beside)
-                    tokenizer.save_pretrained(beside)
-                    task.save(beside)
+                save_model(out, model, tokenizer, task)
 
             write_examples(out / "log.jsonl", log)
             save_arguments(out / "arguments.json", args)
@@ -698,16 +704,21 @@ def pseudo_label(args):
         check_settings(out / "blocks" / "settings.json", args)
 
     wait_for_all(world)
-    blocks, complete = out / "blocks", out / "blocks" / "complete.json"
+    complete = out / "blocks" / "complete.json"
     known = read_json(complete, "remove it") if complete.exists() else {}
-    if known.get("blocks") != len(list(blocks.glob("*.json.gz"))):
-        label_corpus(corpus, blocks, task, args)
+    if known.get("blocks") != len(blocks_in(out)):
+        label_corpus(corpus, out / "blocks", task, args)
 
     wait_for_all(world)
     if rank == 0:
         # So that balancing again need not read the corpus again.
-        write_json(complete, {"blocks": len(list(blocks.glob("*.json.gz")))})
+        write_json(complete, {"blocks": len(blocks_in(out))})
         write_source(out, task, args)
+
+
+def blocks_in(out):
+    """The files of the blocks that are labelled, in their order."""
+    return sorted((out / "blocks").glob("*.json.gz"))
 
 
 def wait_for_all(world):
@@ -799,7 +810,7 @@ def write_source(out, task, args):
     """Balances what was labelled, and writes examples.jsonl, task.json and funnel.json to `out`.
     Holds some 100 bytes for each text that was labelled. Raises InputError where a class is empty.
     """
-    field, paths = task.fields[0], sorted((out / "blocks").glob("*.json.gz"))
+    field, paths = task.fields[0], blocks_in(out)
     labels, confidences, hashes = array.array("B"), array.array("d"), array.array("Q")
     read = collections.Counter()
     for path in paths:
@@ -983,10 +994,6 @@ def pretrain_t5(args):
     splits = [
         labelled_splits(args, folder, task, excluded) for folder, task in zip(args.task, tasks)
     ]
-    if args.restart:  # nothing of the earlier run may be taken for this one's
-        for name in ("arguments.json", "checkpoint.safetensors"):
-            (out / name).unlink(missing_ok=True)
-
     words = [word for task in tasks for word in task.words]
     tokenizer, stream, held_out = tokens_of(args, out, words, excluded)
     save_arguments(out / "arguments.json", args)
@@ -1097,6 +1104,10 @@ def tokens_of(args, out, words, excluded):
     """The tokenizer, the corpus as one stream of its token ids, and one in a hundred documents as
     another stream: from `out`, or made and kept there."""
     stream, held_out = out / "tokens.bin", out / "held_out.bin"
+    if args.restart:  # nothing of the earlier run may be taken for this one's
+        for name in ("arguments.json", "checkpoint.safetensors"):
+            (out / name).unlink(missing_ok=True)
+
     if not (out / "arguments.json").exists():
         learn_from = [itertools.islice(read_documents(path), 20_000) for path in args.corpus]
         out.mkdir(parents=True, exist_ok=True)
@@ -1173,9 +1184,7 @@ def validate_t5(t5, models, windows, validations, dtype):
 def save_pretraining(out, t5, tokenizer, weights, optimizer, digests, step, log):
     """Writes what a continued run needs, and the T5 so far."""
     save_state(out, weights, optimizer, step, log, digests)
-    with folder_beside(out) as beside:
-        t5.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+    save_model(out, t5, tokenizer)
 
 
 # ------------------------------------------------ The offline demo: reviews written by a grammar
@@ -1321,10 +1330,15 @@ DEMO = {
 }
 
 
+def demo_stands(out):
+    """Whether the demo is in a folder, whole: what is written last is there."""
+    return Path(out, "source", "clustered.jsonl").exists()
+
+
 def demo(out="demo", steps=1500, restart=False):
     """Makes the offline demo in the folder `out` where it is not there yet; returns the folder."""
     out = Path(out)
-    if not restart and (out / "source" / "clustered.jsonl").exists():  # what is written last
+    if not restart and demo_stands(out):
         return out
 
     print(
@@ -1862,7 +1876,7 @@ def main(argv=None):
         args.dtype = args.dtype or fast_dtype(args.device)
         pretrain_t5(args)
     else:
-        stood = (Path(args.out) / "source" / "clustered.jsonl").exists() and not args.restart
+        stood = demo_stands(args.out) and not args.restart
         made = demo(args.out, args.max_steps, args.restart)
         fate = "stands there already; --restart makes it anew" if stood else "is written"
         scripts = f"train_meta.py --config {made}/maml.json, finetune.py --config {made}/pt.json"

@@ -236,16 +236,17 @@ def check_prompts(args, t5):
     if args.save and len({Path(prompt).name for prompt in args.prompt}) < len(args.prompt):
         message = "two of the prompts have one name, and so would their tuned ones"
         raise InputError(f"--save: {message}; rename a folder")
+    fingerprint = data.fingerprint(t5)
     for prompt in args.prompt:
         if prompt != "random":
             _, facts = load_prompt(prompt, t5.config.d_model)
-            notice_another_t5(prompt, facts, args.model, t5)
+            notice_another_t5(prompt, facts, args.model, fingerprint)
 
 
-def notice_another_t5(prompt, facts, name, t5):
+def notice_another_t5(prompt, facts, name, fingerprint):
     """Says so where a prompt is used with another T5 than it was learned with."""
     base = facts["base_model"]
-    its_own = facts.get("digests", {}).get(base) in (None, data.fingerprint(t5))
+    its_own = facts.get("digests", {}).get(base) in (None, fingerprint)
     if data.rank_and_world()[0] > 0 or base in (None, name) and its_own:
         return
     now = name if its_own else "another T5 that is there now"
@@ -465,7 +466,7 @@ def predict(args):
 
     name = args.model or facts["base_model"]
     t5, tokenizer = load_t5(name, args.device, args.dtype)
-    notice_another_t5(args.prompt[0], facts, name, t5)
+    notice_another_t5(args.prompt[0], facts, name, data.fingerprint(t5))
     model = PromptedT5(t5, tokenizer, task, args.max_length)
     prompt = load_prompt(args.prompt[0], t5.config.d_model)[0].to(model.device)
     examples = list(data.read_examples(args.predict, task, labelled=False))
@@ -475,26 +476,30 @@ def predict(args):
     if blank:
         print(f"{args.predict}: {blank} blank lines have no label", file=sys.stderr)
 
-    for example in examples:
-        example.pop("label", None)
-
-    counts = Counter()
-    for start in range(0, len(examples), 64):
-        some = examples[start : start + 64]
-        probabilities = model.probabilities(prompt, model.encode(some)).tolist()
-        for example, p in zip(some, probabilities):
-            example["label"] = int(np.argmax(p))
-            example["word"] = task.words[example["label"]]
-            example["probabilities"] = {w: round(value, 4) for w, value in zip(task.words, p)}
-            counts[example["word"]] += 1
-
+    label(model, prompt, examples)
     if args.out:
         data.write_examples(args.out, examples)
+        counts = Counter(example["word"] for example in examples)
         shares = [f"{count:,} {word}" for word, count in counts.items()]
         print(f"wrote {args.out}: {len(examples):,} texts, {', '.join(shares)}")
     else:
         for example in examples:
             print(json.dumps(example, ensure_ascii=False))
+
+
+def label(model, prompt, examples, size=64):
+    """Gives examples their label, its word and every word's probability, in place."""
+    words = model.task.words
+    for example in examples:
+        example.pop("label", None)
+
+    for start in range(0, len(examples), size):
+        some = examples[start : start + size]
+        probabilities = model.probabilities(prompt, model.encode(some)).tolist()
+        for example, p in zip(some, probabilities):
+            example["label"] = int(np.argmax(p))
+            example["word"] = words[example["label"]]
+            example["probabilities"] = {w: round(value, 4) for w, value in zip(words, p)}
 
 
 # -------------------------------------------------- Results: their file, the tables, the figures
@@ -596,17 +601,17 @@ def newest(results):
     return rows
 
 
-def varying(rows, keys):
-    """{method: those of the keys in which its rows differ}."""
-    values = {}
+def detailed(results, keys):
+    """The rows of results with their settings beside the rest and, as `details`, those of the keys
+    in which the rows of a method differ."""
+    rows, values = [{**row, **row["settings"]} for row in results], {}
     for row in rows:
         for key in keys:
             values.setdefault((row["method"], key), set()).add(str(row.get(key)))
-    found = {row["method"]: [] for row in rows}
-    for (method, key), seen in values.items():
-        if len(seen) > 1:
-            found[method].append(key)
-    return found
+    for row in rows:
+        differing = [key for key in keys if len(values[row["method"], key]) > 1]
+        row["details"] = [f"{key} {row.get(key)}" for key in differing]
+    return rows
 
 
 def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
@@ -614,11 +619,10 @@ def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
     points}}}. The details are the prompt, or all trainings of one prompt, and those of `keys` in
     which the rows of a method differ. The start is a learned prompt's digest: the same one in two
     folders is one training."""
-    rows = [{**row, **row["settings"]} for row in results]
+    rows = detailed(results, [key for key in keys if key != "prompt"])
     models = {row["model"] for row in rows}
     namesakes = Counter(Path(model).name for model in models)
     short = {m: Path(m).name if namesakes[Path(m).name] == 1 else m for m in models}
-    differing = varying(rows, [key for key in keys if key != "prompt"])
     trainings = {}
     for row in rows:
         same = trainings.setdefault(row.get("recipe") or row["prompt"], [])
@@ -627,7 +631,7 @@ def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
 
     lines = {}
     for row in rows:
-        details = [f"{key} {row.get(key)}" for key in differing[row["method"]]]
+        details = row["details"]
         if "prompt" in keys and row["method"] != "ft":
             details = [*trainings[row.get("recipe") or row["prompt"]], *details]
         name = (short[row["model"]], row[x], method_name(row), ", ".join(details))
@@ -773,12 +777,10 @@ def print_confusion(words, counts):
 def print_confusions(results):
     """A confusion matrix for each task, method, prompt, number of shots and settings, summed over
     the seeds."""
-    rows = [{**row, **row["settings"]} for row in results]
-    differing, sums = varying(rows, RESULT_ARGUMENTS), {}
-    for row in rows:
+    sums = {}
+    for row in detailed(results, RESULT_ARGUMENTS):
         facts = [row["task"], f"{method_name(row)} ({row['prompt']})", f"{row['shots']} shots"]
-        facts += [f"{key} {row.get(key)}" for key in differing[row["method"]]]
-        name = ", ".join(facts), tuple(row["words"])
+        name = ", ".join([*facts, *row["details"]]), tuple(row["words"])
         sums[name] = sums.get(name, 0) + np.array(row["confusion"])
     for (name, words), counts in sums.items():
         print(f"\n{name}, all seeds:")

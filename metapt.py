@@ -567,8 +567,9 @@ def load_prompt(folder, width=None):
             raise ValueError("not a soft prompt of shape [n, d_model]")
         if not prompt.isfinite().all():
             raise ValueError("its numbers are not finite")
-        if not isinstance(facts.get("arguments", {}), dict):
-            raise ValueError("its metapt.json holds no arguments")
+        for name in ("arguments", "settings", "digests"):
+            if not isinstance(facts.get(name, {}), dict):
+                raise ValueError(f"its metapt.json holds no {name}")
         if config.get("num_transformer_submodules", 1) != 1:
             raise ValueError("it has a part for the decoder: train it without")
 

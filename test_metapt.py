@@ -2287,7 +2287,7 @@ BAD_TENSORS += [b"PK\3\4" + bytes(200), b"\x80\x02}q\x00."]
 
 bad_file(read_prompt, "prompt/adapter_config.json", *BAD_OBJECTS, b"{}", b'{"peft_type": "LORA"}')
 bad_file(read_prompt, "prompt/adapter_config.json", b'{"peft_type": []}')
-bad_file(read_prompt, "prompt/metapt.json", *BAD_OBJECTS, b'{"arguments": 3}')
+bad_file(read_prompt, "prompt/metapt.json", *BAD_OBJECTS, b'{"arguments": 3}', b'{"digests": 3}')
 bad_file(read_prompt, "prompt/adapter_model.safetensors", *BAD_TENSORS, tensor_file(other=[[0.0]]))
 for values in (
     [0.0] * 16,
