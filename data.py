@@ -187,10 +187,11 @@ def check_example(example, task, labelled=True):
 
 
 def write_examples(path, examples):
-    """Writes JSON lines, beside `path` first and then renamed."""
+    """Writes JSON lines, packed where `path` ends in .gz, beside it first and then renamed."""
 
     def write(beside):
-        with open(beside, "w", encoding="utf-8") as file:
+        packed = Path(path).suffix == ".gz"
+        with (gzip.open if packed else open)(beside, "wt", encoding="utf-8") as file:
             for example in examples:
                 file.write(json.dumps(example, ensure_ascii=False) + "\n")
 
@@ -210,7 +211,8 @@ def folder_beside(folder):
     """A new folder to fill, whose files move to `folder` at the end; on an error before that none
     does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+    place = folder if folder.is_dir() else folder.parent  # it may be a link to another disk
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as beside:
         yield Path(beside)
         folder.mkdir(exist_ok=True)
         for file in Path(beside).iterdir():
@@ -386,11 +388,11 @@ def find_splits(source, patterns):
             if fitting:
                 found[split] = fitting[0]
 
-    if not found and files != [source]:
-        wanted = ", ".join(patterns.values())
-        raise InputError(f"{source}: no file of this dataset here; looked for {wanted}")
-
-    return found or {"train": source}
+    if not found and files == [source]:
+        return {"train": source}
+    if "train" not in found:
+        raise InputError(f"{source}: no training file here; looked for {patterns['train']}")
+    return found
 
 
 def convert(name, source, out, test_share=0.0):
@@ -430,6 +432,10 @@ def convert(name, source, out, test_share=0.0):
     write_task(out, Task(name, TEMPLATE, WORDS[classes]), splits)
     for split in {"train", "validation", "test"} - set(splits):  # of an earlier conversion
         (out / f"{split}.jsonl").unlink(missing_ok=True)
+
+    empty = [word for i, word in enumerate(WORDS[classes]) if not counts["train"][i]]
+    if empty:
+        print(f"warning: no training example is {' or '.join(empty)}: is this the file of {name}?")
 
     for split, path in files.items():
         kept = [f"{counts[split].pop(i, 0):,} {word}" for i, word in enumerate(WORDS[classes])]
@@ -482,23 +488,21 @@ def classify(model, tokenize, texts, batch_size):
     return labels.tolist(), confidences.tolist()
 
 
-def label_block(texts, label, min_words, max_words):
-    """What becomes of some texts of a corpus (None stands for no text): the pseudo-labelled
-    examples, and counts of what was dropped. `label` gives the labels and confidences of texts."""
-    words = [0 if text is None else text.count(" ") + 1 for text in texts]
-    fitting = [text for text, n in zip(texts, words) if min_words <= n <= max_words]
-    labels, confidences = label(fitting) if fitting else ([], [])
-    examples = []
-    for text, said, p in zip(fitting, labels, confidences):
-        examples.append({"text": text, "label": said, "confidence": round(p, 4)})
+def fate(text, min_words, max_words):
+    """Why a text of a corpus (None stands for no text) is not labelled; None where it is."""
+    if text is None:
+        return "not text"
+    words = text.count(" ") + 1
+    if words < min_words:
+        return "too short"
+    return "too long" if words > max_words else None
 
-    counts = {
-        "read": len(texts),
-        "not text": words.count(0),
-        "too short": sum(0 < n < min_words for n in words),
-        "too long": sum(n > max_words for n in words),
-    }
-    return examples, counts
+
+def pseudo_labelled(texts, field, label):
+    """Yields texts as pseudo-labelled examples; `label` gives their labels and confidences."""
+    labels, confidences = label(texts) if texts else ([], [])
+    for text, said, p in zip(texts, labels, confidences):
+        yield {field: text, "label": said, "confidence": round(p, 4)}
 
 
 def balance(labels, confidences, hashes, least, per_class=None, seed=1):
@@ -558,10 +562,23 @@ def read_documents(path):
                 yield example["text"]
 
 
+class Header(tarfile.TarInfo):
+    """A header of a tar, where one that is broken or cut off is an error, and not the tar's end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.offset:,} of it")
+
+
 def read_tar(file):
     """Yields the documents of a tar, and of the tars in it, from front to back; nothing is unpacked
     to disk."""
-    with tarfile.open(fileobj=file, mode="r|*") as tar:
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as tar:
         for member in tar:
             tar.members.clear()  # where every header would be kept
             if member.size > 2**33:  # a lie, which skipping to its end would take forever to show
@@ -649,7 +666,8 @@ def train_labeller(args):
 
     torch.manual_seed(args.seed)  # of the classifier's new layer too
     shape = {"num_labels": len(task.words), "ignore_mismatched_sizes": True}
-    model, tokenizer = load_classifier(args.model, args.device, **shape)
+    # A checkpoint may be in half precision, in which AdamW's small steps are lost.
+    model, tokenizer = load_classifier(args.model, args.device, dtype=torch.float32, **shape)
     tokenize = in_batches(model, tokenizer, args.max_length)
     training = in_pairs(training, task)
     texts, truths = zip(*in_pairs(validation, task))
@@ -658,7 +676,7 @@ def train_labeller(args):
     steps = train_classifier(model, tokenize, training, total, batch_size=args.batch_size, **rates)
 
     log = []
-    with StopSignal() as stop, tqdm(total=total, desc="labeller", disable=None) as bar:
+    with stop_signal() as stop, tqdm(total=total, desc="labeller", disable=None) as bar:
         for step in steps:
             bar.update()
             if not (stop or step % args.eval_every == 0 or step == total):
@@ -706,19 +724,21 @@ def pseudo_label(args):
     wait_for_all(world)
     complete = out / "blocks" / "complete.json"
     known = read_json(complete, "remove it") if complete.exists() else {}
-    if known.get("blocks") != len(blocks_in(out)):
-        label_corpus(corpus, out / "blocks", task, args)
+    counts = known.get("counts")
+    counted = isinstance(counts, dict) and all(type(count) is int for count in counts.values())
+    if known.get("blocks") != len(blocks_in(out)) or not counted:
+        counts = label_corpus(corpus, out / "blocks", task, args)
 
     wait_for_all(world)
     if rank == 0:
         # So that balancing again need not read the corpus again.
-        write_json(complete, {"blocks": len(blocks_in(out))})
-        write_source(out, task, args)
+        write_json(complete, {"blocks": len(blocks_in(out)), "counts": counts})
+        write_source(out, task, args, counts)
 
 
 def blocks_in(out):
     """The files of the blocks that are labelled, in their order."""
-    return sorted((out / "blocks").glob("*.json.gz"))
+    return sorted((out / "blocks").glob("*.jsonl.gz"))
 
 
 def wait_for_all(world):
@@ -751,24 +771,30 @@ def check_settings(path, args):
 
 
 def label_corpus(corpus, folder, task, args):
-    """Labels those blocks of the corpus that have no file yet; each process those of its number."""
+    """Labels those blocks of the corpus that have no file yet; each process those of its number.
+    Returns how many texts were read, and not labelled for which reason."""
     rank, world = rank_and_world()
     folder.mkdir(parents=True, exist_ok=True)
-    label, done = None, 0  # the labeller is loaded once there is something to label
-    with StopSignal() as stop, tqdm(desc="pseudo-label", unit=" texts", disable=None) as bar:
+    label = None  # the labeller is loaded once there is something to label
+    counts = dict.fromkeys(("read", "not text", "too short", "too long"), 0)
+    with stop_signal() as stop, tqdm(desc="pseudo-label", unit=" texts", disable=None) as bar:
         for number in itertools.count():
             texts = list(itertools.islice(corpus, BLOCK))
             if not texts:
-                return
-            path = folder / f"{number:06}.json.gz"
+                return counts
+            fates = [fate(text, args.min_words, args.max_words) for text in texts]
+            counts["read"] += len(texts)
+            for why in filter(None, fates):
+                counts[why] += 1
+
+            path = folder / f"{number:06}.jsonl.gz"
             if number % world == rank and not path.exists():
                 label = label or load_labeller(args, task)
-                block = label_block(texts, label, args.min_words, args.max_words)
-                write_block(path, *block)
-            done += len(texts)
+                fitting = [text for text, why in zip(texts, fates) if why is None]
+                write_examples(path, pseudo_labelled(fitting, task.fields[0], label))
             bar.update(len(texts))
             if stop:
-                message = f"stopped after {done:,} texts and saved"
+                message = f"stopped after {counts['read']:,} texts and saved"
                 raise KeyboardInterrupt(f"{message}; {CONTINUES}")
 
 
@@ -785,42 +811,26 @@ def load_labeller(args, task):
     return lambda texts: classify(model, tokenize, texts, args.batch_size)
 
 
-def write_block(path, examples, counts):
-    """Writes what label_block gave."""
-    block = json.dumps({"counts": counts, "examples": examples}, ensure_ascii=False)
-    write_beside(path, lambda beside: beside.write_bytes(gzip.compress(block.encode())))
+def read_blocks(paths, task):
+    """Yields the examples of blocks. Raises InputError."""
+    for path in paths:
+        try:
+            yield from read_examples(path, task)
+        except InputError as error:
+            raise InputError(f"{error}; or remove it and give the same command again")
 
 
-def read_block(path, task):
-    """The examples and the counts of a block. Raises InputError."""
-    with blame(path, "remove it and give the same command again", TypeError, *BROKEN):
-        block = parse_json(open_packed(path).read().decode("utf-8"))
-        examples, counts = block["examples"], block["counts"]
-        if not isinstance(examples, list) or not isinstance(counts, dict):
-            raise ValueError("not a block of examples")
-        if not all(type(count) is int for count in counts.values()):
-            raise ValueError("its counts are no numbers")
-        for example in examples:
-            check_example(example, task)
-
-    return examples, counts
-
-
-def write_source(out, task, args):
+def write_source(out, task, args, counts):
     """Balances what was labelled, and writes examples.jsonl, task.json and funnel.json to `out`.
     Holds some 100 bytes for each text that was labelled. Raises InputError where a class is empty.
     """
     field, paths = task.fields[0], blocks_in(out)
     labels, confidences, hashes = array.array("B"), array.array("d"), array.array("Q")
-    read = collections.Counter()
-    for path in paths:
-        examples, counts = read_block(path, task)
-        read.update(counts)
-        for example in examples:
-            labels.append(example["label"])
-            confidences.append(example.get("confidence", 1))
-            digest = hashlib.blake2b(example[field].lower().encode(), digest_size=8).digest()
-            hashes.append(int.from_bytes(digest, "big"))
+    for example in read_blocks(paths, task):
+        labels.append(example["label"])
+        confidences.append(example.get("confidence", 1))
+        hashed = hashlib.blake2b(example[field].lower().encode(), digest_size=8).digest()
+        hashes.append(int.from_bytes(hashed, "big"))
 
     labels, least = np.array(labels, dtype=np.int64), args.confidence
     least = least * len(task.words) if len(least) == 1 else least
@@ -838,14 +848,13 @@ def write_source(out, task, args):
             f"so; {mend}: what was labelled is kept, and the same command goes on from it"
         )
 
-    every = itertools.chain.from_iterable(read_block(path, task)[0] for path in paths)
     source = Task("source", task.template, task.words)
-    write_task(out, source, {"examples": itertools.compress(every, kept)})
+    write_task(out, source, {"examples": itertools.compress(read_blocks(paths, task), kept)})
     save_arguments(out / "arguments.json", args)
-    funnel = {**read, **funnel}
+    funnel = {**counts, **funnel}
     write_json(out / "funnel.json", funnel)
-    for fate, count in funnel.items():
-        print(f"{count:14,} {fate}")
+    for what, count in funnel.items():
+        print(f"{count:14,} {what}")
 
     print(
         f"wrote {out}: task.json and examples.jsonl, equally many of each of {len(task.words)} "
@@ -1015,9 +1024,9 @@ def pretrain_t5(args):
         examples = draw_labelled(by_class[i], tasks[i].fields, args.labelled, args.excerpts, rng)
         return windows(stream, args.batch_size, rng=rng), models[i], models[i].encode(examples)
 
+    validations = [list(encoded(model, examples)) for model, (_, examples) in zip(models, splits)]
     rng = np.random.default_rng(args.seed)
     held_out = [windows(held_out, 64, rng=rng) for _ in range(8)]
-    validations = [list(encoded(model, examples)) for model, (_, examples) in zip(models, splits)]
     dtype = getattr(torch, args.dtype)
     rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, args.warmup)
     steps = pretrain(t5, draw, optimizer, range(step, args.max_steps), rate, dtype)
@@ -1036,7 +1045,7 @@ def run_pretraining(args, steps, step, log, validate, save):
     """Makes the steps, and at every validation a line of the log and a checkpoint."""
     began, seen = time.time(), 0
     bar = tqdm(total=args.max_steps, initial=step, desc="pretrain", unit=" steps", disable=None)
-    with StopSignal() as stop, bar:
+    with stop_signal() as stop, bar:
         for span_loss, label_loss, tokens in steps:
             step, seen = step + 1, seen + tokens
             speed = seen / (time.time() - began)
@@ -1112,7 +1121,8 @@ def tokens_of(args, out, words, excluded):
         learn_from = [itertools.islice(read_documents(path), 20_000) for path in args.corpus]
         out.mkdir(parents=True, exist_ok=True)
         texts = (text[:2000] for text in itertools.chain(*learn_from) if text)
-        tokenizer = learn_tokenizer(texts, words, args.pieces)
+        with blame(args.corpus[0], "raise --pieces", Exception):  # tokenizers raises no other kind
+            tokenizer = learn_tokenizer(texts, words, args.pieces)
         documents = (apart(read_documents(path), str, excluded, path) for path in args.corpus)
         documents = itertools.chain.from_iterable(documents)
         write_beside(held_out, lambda beside: write_tokens(beside, stream, documents, tokenizer))
@@ -1141,7 +1151,8 @@ def write_tokens(held_out, stream, documents, tokenizer):
 def new_t5(args, pieces):
     """A T5 with random weights, of the shape that the arguments give."""
     torch.manual_seed(args.seed)
-    shape = {"d_model": args.d_model, "d_ff": args.d_ff, "d_kv": args.d_model // args.heads}
+    width = max(1, args.d_model // args.heads)
+    shape = {"d_model": args.d_model, "d_ff": args.d_ff, "d_kv": width}
     layers = {"num_layers": args.layers, "num_decoder_layers": args.decoder_layers}
     ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
     heads = {"num_heads": args.heads, "dropout_rate": 0.0}
@@ -1348,6 +1359,7 @@ def demo(out="demo", steps=1500, restart=False):
         flush=True,
     )
     try_place(out / "t5" / "config.json")
+    (out / "source" / "clustered.jsonl").unlink(missing_ok=True)  # until it is whole again
     try:
         write_demo(out, steps)
     except KeyboardInterrupt:
@@ -1514,8 +1526,8 @@ def device(text):
     """cpu, cuda, or cuda:1 and so on, where this PyTorch finds it."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
-    if text != "cpu" and not (HELP or torch.cuda.is_available()):
-        raise argparse.ArgumentTypeError(f"{text}: this PyTorch finds no GPU; give cpu")
+    if text != "cpu" and not HELP and (torch.device(text).index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: this PyTorch finds no such GPU; give cpu")
     return text
 
 
@@ -1539,8 +1551,15 @@ def folder(text):
 
 
 def folder_or(*words):
-    """A folder that is there, or one of `words`."""
-    return lambda text: text if text in words else folder(text)
+    """A folder that is there, or one of `words`, which a folder in reach is not taken for."""
+
+    def parse(text):
+        if text in words:
+            return text
+        found = folder(text)
+        return str(Path(found).absolute()) if found in words else found
+
+    return parse
 
 
 def file_or_folder(text):
@@ -1712,24 +1731,17 @@ def fingerprint(t5):
     return hashlib.sha256(table.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-class StopSignal:
-    """Within `with StopSignal() as stop`, Ctrl-C and SIGTERM only make `stop` true: the loop ends
+@contextlib.contextmanager
+def stop_signal():
+    """Within `with stop_signal() as stop`, Ctrl-C and SIGTERM only make `stop` true: the loop ends
     its step first."""
-
-    def __enter__(self):
-        self.stopped = False
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self) for number in numbers}
-        return self
-
-    def __call__(self, number, frame):
-        self.stopped = True
-
-    def __bool__(self):
-        return self.stopped
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
+    stop, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    handle = lambda number, frame: stop.append(number)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -1770,7 +1782,7 @@ def add_convert(command):
     command.add("--input", source, required=True, type=file_or_folder)
     command.add("--out", "the task folder to write", required=True, metavar="FOLDER")
     share = "where there is no test file: the share of the training split to test on"
-    command.add("--test-share", share, 0.0, type=real(0, 1))
+    command.add("--test-share", share, 0.0, type=real(0, 0.9))
 
 
 def add_labeller(command):

@@ -20,6 +20,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import itertools
@@ -97,8 +98,7 @@ def tune(
 
     model.t5.requires_grad_(False)
     if best is None:
-        problem = f"no epoch's validation loss is finite at learning rate {learning_rate}"
-        raise Diverged(f"{problem}; lower --learning-rate")
+        raise Diverged(f"no validation loss is finite at learning rate {learning_rate}; lower it")
 
     with torch.no_grad():
         for parameter, value in zip(parameters, best):
@@ -122,7 +122,7 @@ def course_of(log, seconds):
 def search(model, prompt, training, validation, rates=RATES, **settings):
     """Full tuning with every learning rate of A.1's search, each from the same weights. The best on
     validation is left in the T5 to be tested; the test split plays no part in the choice."""
-    weights = {name: weight.clone() for name, weight in model.t5.state_dict().items()}
+    weights = copy.deepcopy(model.t5.state_dict())
     scores, runs = [], []
     for rate in rates:
         model.t5.load_state_dict(weights)
@@ -134,10 +134,10 @@ def search(model, prompt, training, validation, rates=RATES, **settings):
             scores.append({"accuracy": accuracy, "loss": loss})
             runs.append({**facts, "learning_rate": rate})
             if best_of(scores) == len(scores) - 1:
-                best = {name: weight.clone() for name, weight in model.t5.state_dict().items()}
+                best = copy.deepcopy(model.t5.state_dict())
 
     if not runs:
-        raise Diverged(f"no epoch's validation loss is finite at any learning rate of {rates}")
+        raise Diverged(f"no validation loss is finite at any learning rate of {rates}")
 
     model.t5.load_state_dict(best)
     found = {run["learning_rate"]: run["validation_accuracy"] for run in runs}
@@ -160,7 +160,7 @@ RESULT_ARGUMENTS = (
 ).split()
 SOURCE_FACTS = ("clustering", "clusters", "source_size", "source_task")  # for Table 2, Figure 3
 # The arguments of train_meta.py in which two trainings of one prompt may differ.
-TRAINING_ARGUMENTS = ("seed", "out", "config", "restart", "search", "device", "tasks_per_pass")
+TRAINING_ARGUMENTS = "seed out config restart search device threads tasks_per_pass".split()
 
 
 def run_all(args):
@@ -171,32 +171,26 @@ def run_all(args):
         raise InputError(f"--task: two tasks have one name, of {names}; change it in a task.json")
 
     t5, tokenizer = load_t5(args.model, args.device, args.dtype)
-    check_prompts(args, t5)
+    prompts = read_prompts(args, t5)
     tasks = [load_task(folder, t5, tokenizer, args) for folder in args.task]
     data.try_place(out)
     if args.save:
         data.try_place(Path(args.save) / "prompt")
-    full = "ft" in args.method
-    weights = {name: weight.clone() for name, weight in t5.state_dict().items()} if full else {}
 
-    runs = list_runs(args, tasks)
-    todo, stood = [], 0
-    finished = set() if args.restart else {identity(row) for row in read_results(out)}
-    for run in runs[rank::world]:
-        missing = is_missing(args, run)
-        if run["identity"] in finished and not missing:
-            stood += 1
-        else:
-            todo.append(run)
+    runs = list_runs(args, tasks, prompts)
+    for run in runs:  # a folder that holds another run's prompt is refused now, not in the sweep
+        is_missing(args, run)
 
-    made, diverged = make_runs(args, todo, finished, weights)
+    made, stood, diverged = make_runs(args, runs[rank::world])
     results = read_results(out)
-    if {run["identity"] for run in runs} <= {identity(row) for row in results}:
+    if {run["identity"] for run in runs} <= results.keys():
         # Under torchrun this is not so before the last process ends.
         title = (
             f"All of {out}: accuracy in points, mean ± sample standard deviation over five seeds"
         )
-        print_table(f"{title}, or over (so many).", score_table(newest(results), ""))
+        print_table(
+            f"{title}, or over (so many).", score_table(table_lines(newest(results.values())))
+        )
         print(LEGEND)
         here = " of this process" if world > 1 else ""
         kept = f"; the tuned prompts are in {args.save}" if args.save else ""
@@ -204,53 +198,61 @@ def run_all(args):
         print(f"wrote {out}: {made} new {word}{here}, {stood} stood there already{kept}")
 
     if diverged:
-        raise Diverged(f"{len(diverged)} of {len(todo)} runs have no result; {diverged[0]}")
+        total = made + len(diverged)
+        raise Diverged(f"{len(diverged)} of {total} runs have no result; {diverged[0]}")
 
 
-def make_runs(args, todo, finished, weights):
-    """Makes runs and adds them to the results; returns how many, and the errors of those that
-    diverged."""
-    out, made, diverged = Path(args.out), 0, []
-    for run in tqdm(todo, "runs", disable=True if data.rank_and_world()[0] else None):
-        done = {identity(row) for row in read_results(out)}
-        if run["identity"] in done - finished and not args.save and not args.restart:
-            continue  # another process with the same command was here first
+def make_runs(args, runs):
+    """Makes the runs that do not stand in the results and adds them; returns how many it made, how
+    many stood there, and the errors of those that diverged."""
+    out, made, stood, diverged = Path(args.out), 0, 0, []
+    results = read_results(out)
+    for run in tqdm(runs, "runs", disable=True if data.rank_and_world()[0] else None):
+        row = results.get(run["identity"])
+        if row and not args.restart and not is_missing(args, run):
+            if row not in newest(results.values()):  # its prompt, task or T5 of then is back
+                results = add_result(out, row, again=True)
+            stood += 1
+            continue
+
         try:
-            row = run_one(args, run, weights)
+            # What another process with the same command has added meanwhile is seen too.
+            results = add_result(out, run_one(args, run), args.restart)
+            made += 1
         except Diverged as error:  # the others go on
             task, start = run["task"]["model"].task.name, run["prompt"]
             diverged.append(f"{task}, {run['method']} ({start}), seed {run['seed']}: {error}")
             tqdm.write(diverged[-1])
-            continue
 
-        add_result(out, row, args.restart)
-        made += 1
-
-    return made, diverged
+    return made, stood, diverged
 
 
-def check_prompts(args, t5):
-    """Raises InputError where a prompt cannot be used: before a sweep rather than in it."""
+def read_prompts(args, t5):
+    """{folder: (prompt, its facts)} of the learned prompts. Raises InputError where one cannot be
+    used: before a sweep rather than in it."""
     if "pt" not in args.method:
-        return
+        return {}
     if args.save and len({Path(prompt).name for prompt in args.prompt}) < len(args.prompt):
         message = "two of the prompts have one name, and so would their tuned ones"
         raise InputError(f"--save: {message}; rename a folder")
+
+    folders = [prompt for prompt in args.prompt if prompt != "random"]
+    prompts = {folder: load_prompt(folder, t5.config.d_model) for folder in folders}
     fingerprint = data.fingerprint(t5)
-    for prompt in args.prompt:
-        if prompt != "random":
-            _, facts = load_prompt(prompt, t5.config.d_model)
-            notice_another_t5(prompt, facts, args.model, fingerprint)
+    for folder, (_, facts) in prompts.items():
+        notice_another_t5(folder, facts, args.model, fingerprint)
+
+    return prompts
 
 
 def notice_another_t5(prompt, facts, name, fingerprint):
     """Says so where a prompt is used with another T5 than it was learned with."""
     base = facts["base_model"]
-    its_own = facts.get("digests", {}).get(base) in (None, fingerprint)
-    if data.rank_and_world()[0] > 0 or base in (None, name) and its_own:
-        return
-    now = name if its_own else "another T5 that is there now"
-    print(f"{prompt} was learned with {base}, and is used with {now}", file=sys.stderr)
+    known = facts.get("digests", {}).get(base)
+    same = known == fingerprint if known else base in (None, name)
+    if not same and data.rank_and_world()[0] == 0:
+        now = name if name != base else "another T5 that is there now"
+        print(f"{prompt} was learned with {base}, and is used with {now}", file=sys.stderr)
 
 
 def load_task(folder, t5, tokenizer, args):
@@ -313,15 +315,15 @@ def print_test(task, test):
     )
 
 
-def list_runs(args, tasks):
+def list_runs(args, tasks, prompts):
     """What the arguments name: a run for every method, task, prompt, number of shots and seed."""
     runs = []
     for method in args.method:
         settings = vars(data.fill(args, SETTINGS[method]))
-        prompts = ["none"] if method == "ft" else args.prompt
-        for task, prompt, shots, seed in itertools.product(tasks, prompts, args.shots, args.seeds):
+        starts = ["none"] if method == "ft" else args.prompt
+        for task, start, shots, seed in itertools.product(tasks, starts, args.shots, args.seeds):
             run = {"method": method, "settings": settings, "task": task}
-            run |= {"prompt": prompt, "shots": shots, "seed": seed}
+            run |= {"prompt": start, "learned": prompts.get(start), "shots": shots, "seed": seed}
             row, _, _ = begin(run)
             runs.append({**run, "identity": identity(row)})
 
@@ -329,19 +331,18 @@ def list_runs(args, tasks):
 
 
 def begin(run):
-    """What tells a run from all others; where it starts, a random prompt [n, d], the prompt in a
-    folder, or for full tuning none, [0, d]; and that prompt's facts."""
+    """What tells a run from all others; where it starts, a random prompt [n, d], a learned one, or
+    for full tuning none, [0, d]; and that prompt's facts."""
     model, made, settings = run["task"]["model"], run["task"]["made"], run["settings"]
     kept = {name: settings[name] for name in RESULT_ARGUMENTS}
-    width = model.t5.config.d_model
     if run["method"] == "ft":
-        start, facts = torch.zeros(0, width), {"method": "ft"}
+        start, facts = torch.zeros(0, model.t5.config.d_model), {"method": "ft"}
         kept["learning_rate"] = RATES if settings["search"] else settings["learning_rate"]
     elif run["prompt"] == "random":
         start = model.init_prompt(settings["prompt_length"], run["seed"])
         facts = {"method": "random"}
     else:
-        start, facts = load_prompt(run["prompt"], width)
+        start, facts = run["learned"]
 
     kept["prompt_length"] = len(start)
     what = json.dumps([model.task.template, model.task.words, *made["digests"].values()])
@@ -358,9 +359,8 @@ def begin(run):
     return row, start.to(model.device), facts
 
 
-def run_one(args, run, weights):
-    """One run, as its line of results. `weights` are the T5's own, which it has again after full
-    tuning."""
+def run_one(args, run):
+    """One run, as its line of results. After full tuning the T5 has its own weights again."""
     model, test, made = run["task"]["model"], run["task"]["test"], run["task"]["made"]
     row, start, facts = begin(run)
     training, validation = run["task"]["splits"][run["shots"], run["seed"]]
@@ -369,6 +369,7 @@ def run_one(args, run, weights):
     settings = {name: run["settings"][name] for name in names} | {"seed": run["seed"]}
     examples, rate = (training, validation), run["settings"]["learning_rate"]
     full = run["method"] == "ft"
+    weights = copy.deepcopy(model.t5.state_dict()) if full else {}
     try:
         if full and args.search:
             tuned, course = search(model, start, *examples, **settings)
@@ -464,7 +465,7 @@ def predict(args):
     if args.out:
         data.try_place(args.out)
 
-    name = args.model or facts["base_model"]
+    name = args.model or facts["base_model"] or data.MODEL
     t5, tokenizer = load_t5(name, args.device, args.dtype)
     notice_another_t5(args.prompt[0], facts, name, data.fingerprint(t5))
     model = PromptedT5(t5, tokenizer, task, args.max_length)
@@ -522,20 +523,17 @@ KINDS = dict.fromkeys(("task", "method", "prompt", "digest", "data"), str)
 KINDS |= {"shots": int, "seed": int, "settings": dict, "accuracy": float}
 # The paper's own results: 40 shots, five seeds.
 PAPER_TASKS = "sst5 sst2 amazon5 amazon2 sentihood semeval_restaurant semeval_laptop".split()
-TABLE_1 = """
+PAPER = """
 t5-base  FT        43.57±2.56 88.27±1.03 48.40±1.48 92.35±0.68 82.11±1.30 71.01±1.16 62.48±3.23
 t5-base  PPT       42.90±1.08 87.42±1.15 51.15±1.56 93.28±0.21 80.06±3.31 62.04±3.34 56.37±4.11
 t5-base  MetaPT    45.26±0.39 89.47±0.12 55.47±0.34 94.43±0.08 80.38±0.46 76.93±1.19 70.86±1.95
 t5-base  MetaPT(Y) 46.24±0.42 87.26±0.73 58.73±0.13 95.39±0.03 78.27±1.17 80.72±0.60 72.32±0.66
 t5-large MetaPT    47.31±0.21 89.61±0.09 55.76±0.15 95.23±0.03 85.78±0.10 85.96±0.08 77.49±0.11
-"""
-TABLE_2 = """
-t5-base  kmeans 46.24±0.42
-t5-base  lda    44.10±0.83
-t5-base  random 42.95±1.05
-t5-base  label  42.84±0.76
-t5-base  PPT    42.89±1.08
-"""  # on SST-5 alone
+t5-base  MetaPT(Y),lda    44.10±0.83
+t5-base  MetaPT(Y),random 42.95±1.05
+t5-base  MetaPT(Y),label  42.84±0.76
+"""  # Tables 1 and 2, whose K-means is MetaPT(Y)
+DRAWS = ("validation_shots", "balanced", "max_test")  # runs with others are of other examples
 
 
 def identity(row):
@@ -544,11 +542,11 @@ def identity(row):
 
 
 def read_results(path):
-    """The lines of a results file, the newest of each run; none where there is no file. Raises
-    InputError."""
+    """{identity: line} of a results file, of each run the newest; empty where there is no file.
+    Raises InputError."""
     results, number = {}, 0
     if not path.exists():
-        return []
+        return {}
 
     with blame(lambda: f"{path}:{number}", "not a line of results: remove it", TypeError):
         for number, line in data.numbered_lines(path):
@@ -560,19 +558,23 @@ def read_results(path):
                 raise ValueError("the accuracy is no share or the model no name")
             results[identity(row)] = row
 
-    return list(results.values())
+    return results
 
 
 def add_result(path, row, again=False):
-    """Adds a line to a results file that other processes add to as well. A run that another process
-    has added meanwhile is not added twice, unless it is to be made `again`."""
+    """Adds a line to the end of a results file that other processes add to as well; returns what
+    then stands there. A run that another process has added meanwhile is not added twice, unless it
+    is to be made `again`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:  # freed with the process
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = read_results(path)
-        others = [other for other in results if identity(other) != identity(row)]
-        if again or len(others) == len(results):
-            data.write_examples(path, [*others, row])
+        if again or identity(row) not in results:
+            results.pop(identity(row), None)
+            results[identity(row)] = row
+            data.write_examples(path, results.values())
+
+    return results
 
 
 def method_name(row):
@@ -601,83 +603,83 @@ def newest(results):
     return rows
 
 
-def detailed(results, keys):
-    """The rows of results with their settings beside the rest and, as `details`, those of the keys
-    in which the rows of a method differ."""
-    rows, values = [{**row, **row["settings"]} for row in results], {}
+def differing(rows, keys, group):
+    """For each row the settings, of `keys`, in which the rows of one `group` differ, as text."""
+    values = {}
     for row in rows:
         for key in keys:
-            values.setdefault((row["method"], key), set()).add(str(row.get(key)))
+            values.setdefault((row[group], key), set()).add(str(row.get(key)))
+
+    details = []
     for row in rows:
-        differing = [key for key in keys if len(values[row["method"], key]) > 1]
-        row["details"] = [f"{key} {row.get(key)}" for key in differing]
-    return rows
+        shown = [key for key in keys if len(values[row[group], key]) > 1]
+        details.append([f"{key} {row[key]}" for key in shown if row.get(key)])
+
+    return details
 
 
-def table_lines(results, x="shots", keys=("prompt", *RESULT_ARGUMENTS[1:])):
-    """The lines of a table: {(model, x, method, details): {task: {(start, seed): accuracy in
-    points}}}. The details are the prompt, or all trainings of one prompt, and those of `keys` in
-    which the rows of a method differ. The start is a learned prompt's digest: the same one in two
-    folders is one training."""
-    rows = detailed(results, [key for key in keys if key != "prompt"])
+def table_lines(results, x="shots", keys=RESULT_ARGUMENTS[1:], prompts=True):
+    """The lines of a table: {(model, x, draws, method, details): {task: {(start, seed): row}}}.
+    Lines of one model, x and draws were tuned and tested on the same examples. The details are the
+    prompt, or all trainings of one prompt, and those of `keys` in which the rows of a method
+    differ. The start is a learned prompt's digest: the same one in two folders is one training."""
+    rows = [{**row, **row["settings"]} for row in results]
     models = {row["model"] for row in rows}
     namesakes = Counter(Path(model).name for model in models)
     short = {m: Path(m).name if namesakes[Path(m).name] == 1 else m for m in models}
     trainings = {}
     for row in rows:
-        same = trainings.setdefault(row.get("recipe") or row["prompt"], [])
-        if row["prompt"] not in same:
-            same.append(row["prompt"])
+        row["recipe"] = str(row.get("recipe") or row["prompt"])
+        trainings.setdefault(row["recipe"], {})[row["prompt"]] = None
 
     lines = {}
-    for row in rows:
-        details = row["details"]
-        if "prompt" in keys and row["method"] != "ft":
-            details = [*trainings[row.get("recipe") or row["prompt"]], *details]
-        name = (short[row["model"]], row[x], method_name(row), ", ".join(details))
-        scores = lines.setdefault(name, {}).setdefault(row["task"], {})
+    draws = differing(rows, DRAWS, "task")
+    details = differing(rows, [key for key in keys if key not in DRAWS], "method")
+    for row, drawn, detail in zip(rows, draws, details):
+        if prompts and row["method"] != "ft":
+            detail = [*trainings[row["recipe"]], *detail]
+        name = (short[row["model"]], row[x], ", ".join(drawn), method_name(row), ", ".join(detail))
         start = row["method"] if row["method"] in ("random", "ft") else row["digest"]
-        scores[start, row["seed"]] = 100 * row["accuracy"]
+        lines.setdefault(name, {}).setdefault(row["task"], {})[start, row["seed"]] = row
 
-    return dict(sorted(lines.items(), key=lambda line: line[0][:2]))
+    return dict(sorted(lines.items(), key=lambda line: line[0][:3]))
 
 
-def spread(scores):
-    """Mean, sample standard deviation and number."""
-    scores = list(scores)
+def spread(rows):
+    """Mean, sample standard deviation and number of rows' accuracies, in points."""
+    scores = [100 * row["accuracy"] for row in rows]
     deviation = np.std(scores, ddof=1) if len(scores) > 1 else 0.0
     return np.mean(scores), deviation, len(scores)
 
 
-def fill_table(results, cell):
+def fill_table(lines, cell):
     """Rows of a table: one for each line of results, with a column for each task. `cell` gives the
-    text from all lines, the line's name and the task."""
-    lines = table_lines(results)
-    tasks = list(dict.fromkeys(row["task"] for row in results))
+    text from the line's name and the task."""
+    tasks = list(dict.fromkeys(task for tasks in lines.values() for task in tasks))
     rows = [["model", "shots", "method", "prompt", *tasks]]
-    for name in lines:
-        model, shots, method, details = name
-        cells = [cell(lines, name, task) if task in lines[name] else "-" for task in tasks]
-        rows.append([model, str(shots), method, details or "-", *cells])
+    for name, line in lines.items():
+        model, shots, drawn, method, details = name
+        cells = [cell(name, task) if task in line else "-" for task in tasks]
+        shots = ", ".join(filter(None, [str(shots), drawn]))
+        rows.append([model, shots, method, details or "-", *cells])
     return rows
 
 
-def score_table(results, paper):
+def score_table(lines, paper=""):
     """Table 1's form: the best of each model and number of shots in bold; behind it what the paper
     has for the same."""
     best = {}
-    for (model, shots, _, _), tasks in table_lines(results).items():
-        for task, scores in tasks.items():
-            key = (model, shots, task)
-            best[key] = max(best.get(key, 0), spread(scores.values())[0])
+    for name, tasks in lines.items():
+        for task, rows in tasks.items():
+            best.setdefault((*name[:3], task), []).append(spread(rows.values())[0])
 
-    def cell(lines, name, task):
-        scores = lines[name][task]
-        mean, deviation, count = spread(scores.values())
+    def cell(name, task):
+        rows = lines[name][task]
+        mean, deviation, count = spread(rows.values())
         text = f"{mean:.2f} ± {deviation:.2f}" if count > 1 else f"{mean:.2f}"
-        if mean == best[name[0], name[1], task]:
+        if mean == max(best[*name[:3], task]):
             text = f"**{text}**"
-        trainings, seeds = len({start for start, _ in scores}), len(seeds_of(scores))
+        trainings, seeds = len({start for start, _ in rows}), len(seeds_of(rows))
         if trainings > 1 and count == trainings * seeds:
             text += f" ({trainings} × {seeds})"
         elif trainings > 1 or count != 5:
@@ -687,28 +689,32 @@ def score_table(results, paper):
             text += f"; paper {theirs}, {mean - float(theirs.split('±')[0]):+.2f}"
         return text
 
-    return fill_table(results, cell)
+    return fill_table(lines, cell)
 
 
 def paper_value(paper, name, task):
-    """What a table of the paper has for a line's model and method, at 40 shots; else None."""
-    model, shots, method, _ = name
+    """What the paper has for a line's model and method, at 40 shots; else None."""
+    model, shots, _, method, _ = name
     for line in paper.strip().splitlines():
         words = line.split()
-        if shots == 40 and words[:2] == [model, method.removesuffix(" clusters")]:
+        if shots == 40 and words[:2] == [model, method.replace(" ", "")]:
             return dict(zip(PAPER_TASKS, words[2:])).get(task)
     return None
 
 
-def gain_table(results, against):
+def gain_table(lines, against):
     """Is a gain real? Every method against one: its mean gain, and that gain's interval."""
 
-    def cell(lines, name, task):
-        others = [n for n in lines if n[:2] == name[:2] and against in (*n[2:], *n[3].split(", "))]
+    def cell(name, task):
+        others = [
+            other
+            for other, tasks in lines.items()
+            if other[:3] == name[:3] and task in tasks and against in names_of(other)
+        ]
         if not others or others[0] == name:
             return "-"
 
-        ours, theirs = lines[name][task], lines[others[0]].get(task, {})
+        ours, theirs = lines[name][task], lines[others[0]][task]
         if len(seeds_of(ours) & seeds_of(theirs)) < 2:
             return "-"
 
@@ -716,11 +722,16 @@ def gain_table(results, against):
         text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
         return f"**{text}**" if half < abs(mean) else text
 
-    return fill_table(results, cell)
+    return fill_table(lines, cell)
+
+
+def names_of(name):
+    """What --against may call a line: its method, its details, or one of these."""
+    return [part for part in (*name[3:], *name[4].split(", ")) if part]
 
 
 def gain(ours, theirs):
-    """The mean of what one line {(start, seed): accuracy} is ahead of another, and half of its
+    """The mean of what one line {(start, seed): row} is ahead of another, and half of its
     95 % t interval. A seed draws the same examples for both, so draws are compared in pairs. Where
     a line holds several trainings of its prompt, the variance over trainings is added to that over
     draws: the interval is then about the next training and the next draw."""
@@ -731,7 +742,9 @@ def gain(ours, theirs):
     gains = [our_means[seed] - their_means[seed] for seed in seeds]
     variances = [(np.var(gains, ddof=1) / len(seeds), len(seeds) - 1)]
     for line in (ours, theirs):
-        trainings = list(means(line, 0, seeds).values())
+        starts = {start for start, _ in line}
+        complete = [seed for seed in seeds if all((start, seed) in line for start in starts)]
+        trainings = list(means(line, 0, complete).values())
         if len(trainings) > 1:
             count = len(trainings)
             variances.append((np.var(trainings, ddof=1) / count, count - 1))
@@ -745,17 +758,17 @@ def gain(ours, theirs):
 
 
 def seeds_of(line):
-    """The seeds of a line {(start, seed): accuracy}."""
+    """The seeds of a line {(start, seed): row}."""
     return {seed for _, seed in line}
 
 
 def means(line, part, seeds=None):
     """The mean accuracy of every training (part 0 of a line's keys) or of every seed (part 1)."""
     groups = {}
-    for key, score in line.items():
+    for key, row in line.items():
         if seeds is None or key[1] in seeds:
-            groups.setdefault(key[part], []).append(score)
-    return {name: np.mean(scores) for name, scores in groups.items()}
+            groups.setdefault(key[part], []).append(row)
+    return {name: spread(rows)[0] for name, rows in groups.items()}
 
 
 def print_table(title, rows):
@@ -774,95 +787,79 @@ def print_confusion(words, counts):
     print_table("The label down, the prediction across:", [["", *words], *rows])
 
 
-def print_confusions(results):
-    """A confusion matrix for each task, method, prompt, number of shots and settings, summed over
-    the seeds."""
-    sums = {}
-    for row in detailed(results, RESULT_ARGUMENTS):
-        facts = [row["task"], f"{method_name(row)} ({row['prompt']})", f"{row['shots']} shots"]
-        name = ", ".join([*facts, *row["details"]]), tuple(row["words"])
-        sums[name] = sums.get(name, 0) + np.array(row["confusion"])
-    for (name, words), counts in sums.items():
-        print(f"\n{name}, all seeds:")
-        print_confusion(words, counts.tolist())
+def print_confusions(lines):
+    """A confusion matrix for each line and task, summed over the seeds and trainings."""
+    for (model, shots, drawn, method, details), tasks in lines.items():
+        for task, rows in tasks.items():
+            words = next(iter(rows.values()))["words"]
+            counts = sum(np.array(row["confusion"]) for row in rows.values())
+            facts = [task, model, f"{shots} shots", drawn, method, details]
+            print(f"\n{', '.join(filter(None, facts))}, all seeds:")
+            print_confusion(words, counts)
 
 
 def print_report(args):
-    """Tables 1 and 2 of a results file beside the paper's, the paired comparison and, with
-    --figure, Figure 2 or 3."""
+    """The table of a results file beside the paper's, the paired comparison and, with --figure,
+    Figure 2 or 3."""
     results = read_results(Path(args.report))
     if not results:
         raise InputError(f"{args.report}: no results here; finetune.py --out writes them")
 
-    known, results = len(results), newest(results)
+    known, results = len(results), newest(results.values())
     if known > len(results):
         older = known - len(results)
         print(f"left out: {older} results of a prompt, a task or a T5 that was made anew since")
 
-    form = (
-        "accuracy in points, mean ± sample standard deviation over five seeds, over (so many), or "
-        "over (trainings of the prompt × seeds)"
+    lines = table_lines(results)
+    print_table(
+        "Tables 1 and 2: accuracy in points, mean ± sample standard deviation over five seeds, over "
+        "(so many), or over (trainings of the prompt × seeds).",
+        score_table(lines, PAPER),
     )
-    print_table(f"Table 1: {form}.", score_table(results, TABLE_1))
     print(LEGEND)
 
-    clustered = []
-    for row in results:
-        if row["method"] == "maml" and row.get("clustering"):
-            clustered.append({**row, "method": f"{row['clustering']} clusters"})
-
-    if len({row["method"] for row in clustered}) > 1:
-        baseline = [row for row in results if row["method"] == "ppt"]
-        print_table(f"Table 2: {form}.", score_table(clustered + baseline, TABLE_2))
-
-    lines = table_lines(results)
-    names = []
-    for _, _, method, details in lines:
-        names += filter(None, [method, details, *details.split(", ")])
-
-    prompts = [name[3] for name in lines if name[2] == "MetaPT"]
-    against = args.against or (prompts or names)[0]
+    names = list(dict.fromkeys(part for name in lines for part in names_of(name)))
+    against = args.against or next((n[4] for n in lines if n[3] == "MetaPT"), names[0])
     if against not in names:
-        known = ", ".join(dict.fromkeys(names))
-        raise InputError(f"{args.report}: no {against} to compare with, only {known}")
+        found = ", ".join(names)
+        raise InputError(f"{args.report}: no {against} to compare with, only {found}")
 
     title = (
         f"Against {against}: mean difference in points, paired over the seeds, with its 95 % t "
         "interval over seeds and, where there are several, trainings; bold where it leaves out 0."
     )
-    print_table(title, gain_table(results, against))
+    print_table(title, gain_table(lines, against))
     if args.confusion:
-        with blame(args.report, "run them again for --confusion"):
-            print_confusions(results)
+        with blame(args.report, "run them again for --confusion", TypeError):
+            print_confusions(lines)
 
     if args.figure:
         data.save_figure(args.figure, plot(curves(results, args.x), args.x))
 
 
 def curves(results, x):
-    """{name: {x: {task: {(start, seed): accuracy in points}}}}: the lines of Figure 2 (x is shots),
-    3a (source_size) or 3b (clusters), each of at least two points. A point of Figure 3 is of all
+    """{name: {x: {task: {(start, seed): row}}}}: the lines of Figure 2 (x is shots), 3a
+    (source_size) or 3b (clusters), each of at least two points. A point of Figure 3 is of all
     prompts of its size or number. Raises InputError without any."""
     others = [key for key in ("shots", *SOURCE_FACTS[1:3]) if key != x]
-    keys = ("prompt",) if x == "shots" else tuple(others)
+    keys = RESULT_ARGUMENTS if x == "shots" else [*others, *RESULT_ARGUMENTS]
     rows = [row for row in results if isinstance(row.get(x), int)]
     found = {}
-    for name, tasks in table_lines(rows, x, (*keys, *RESULT_ARGUMENTS)).items():
-        _, at, method, details = name
-        found.setdefault((method, details), {})[at] = tasks
+    for name, tasks in table_lines(rows, x, keys, prompts=x == "shots").items():
+        _, at, drawn, method, details = name
+        found.setdefault((method, drawn, details), {})[at] = tasks
 
     found = {name: curve for name, curve in found.items() if len(curve) > 1}
-    methods = Counter(method for method, _ in found)
-    found = {label_of(*name, methods): curve for name, curve in found.items()}
     if not found:
         raise InputError(f"no method was run with more than one value of {x}: nothing to plot")
 
-    return found
+    methods, labelled = Counter(method for method, _, _ in found), {}
+    for name, curve in found.items():
+        # The details only where another line is of the same method.
+        parts = name if methods[name[0]] > 1 else name[:1]
+        labelled[", ".join(filter(None, parts))] = curve
 
-
-def label_of(method, details, methods):
-    """A line's name in the legend: the method, and the details where another line has it too."""
-    return f"{method}, {details}" if methods[method] > 1 and details else method
+    return labelled
 
 
 def plot(curves, x):

@@ -874,6 +874,19 @@ def test_convert_counts_what_it_drops_and_can_make_a_test_split(tmp_path, capsys
     assert not (out / "test.jsonl").exists()  # its lines are in train.jsonl again
 
 
+def test_convert_refuses_a_test_file_alone_and_says_which_class_is_missing(tmp_path, capsys):
+    files = {"train.csv": '"1","x"\n"2","y"\n', "test.csv": '"1","z"\n'}
+    for name, content in files.items():
+        pack(tmp_path / name, {"": content})
+    run(data, "convert", "amazon5", input=tmp_path, out=tmp_path / "task")
+    warning = "warning: no training example is okay or good or great: is this the file of amazon5?"
+    assert warning in capsys.readouterr().out
+    before = read_lines(tmp_path / "task" / "train.jsonl")
+    with pytest.raises(InputError, match="test.csv: no training file here; looked for train.csv"):
+        run(data, "convert", "amazon5", input=tmp_path / "test.csv", out=tmp_path / "task")
+    assert read_lines(tmp_path / "task" / "train.jsonl") == before
+
+
 # ------------------------------------------------------------- data.py: pseudo-labels, Section 4.1
 
 
@@ -895,6 +908,12 @@ def test_read_corpus(tmp_path):
     sentences = ["First one.", '"Second" two!', None]
     sentences += ["Mr. A. B. Smith came.", "He saw 3 things?", "Yes.", None]
     assert list(data.read_corpus([path], "sentence")) == sentences
+
+    whole = pack(tmp_path / "x.tar", {f"{i}.txt": "a" for i in range(9)}).read_bytes()
+    for cut in (100, 512, 700):  # within a header, behind it, within a text
+        (tmp_path / "cut.tar").write_bytes(whole[: 1024 * 5 + cut])
+        with pytest.raises(InputError, match="cut.tar: .*; give the whole file"):
+            list(data.read_corpus([tmp_path / "cut.tar"], "sentence"))
 
     more = tmp_path / "more.jsonl"
     more.write_text('{"text": "a\\nb"}\n{"text": "c"}\n', encoding="utf-8")
@@ -921,6 +940,16 @@ def labeller(tmp_path_factory, tokenizer):
     steps = {"max_steps": 100, "eval_every": 50}
     run(data, "labeller", **where, **rates, **steps, threads=1, device="cpu")
     return folder / "labeller"
+
+
+def test_a_labeller_is_trained_in_float32_whatever_its_base(labeller, tmp_path):
+    base = data.AutoModelForSequenceClassification.from_pretrained(labeller, dtype=torch.float16)
+    base.save_pretrained(tmp_path / "half")
+    data.AutoTokenizer.from_pretrained(labeller).save_pretrained(tmp_path / "half")
+    where = {"task": labeller.parent / "task", "model": tmp_path / "half", "out": tmp_path / "out"}
+    run(data, "labeller", **where, validation=60, max_steps=1, threads=1, device="cpu")
+    weights = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert {values.dtype for values in weights} == {torch.float32}
 
 
 def pseudo_label(labeller, out, **flags):
@@ -964,6 +993,17 @@ def test_pseudo_labels_are_sure_balanced_and_without_duplicates(labeller, tmp_pa
     assert len(few) == 14 and all(example in examples for example in few)
     with pytest.raises(InputError, match="--restart begins anew"):
         pseudo_label(labeller, tmp_path / "source", min_words=3)
+
+
+def test_a_labellers_field_may_have_any_name_and_out_may_be_a_link(labeller, tmp_path):
+    other, out, disk = tmp_path / "labeller", tmp_path / "source", tmp_path / "disk"
+    shutil.copytree(labeller, other)
+    Task("films", "{review} It was {mask}", data.WORDS[2]).save(other)
+    disk.mkdir()
+    out.symlink_to(disk)
+    examples, _ = pseudo_label(other, out, confidence=0.5)
+    assert set(examples[0]) == {"review", "label", "confidence"}
+    assert (disk / "examples.jsonl").exists() and out.is_symlink()
 
 
 def test_balancing_again_labels_nothing_again(labeller, tmp_path, monkeypatch, capsys):
@@ -1134,6 +1174,29 @@ def test_pretraining_anew_takes_nothing_of_an_earlier_run(world, tmp_path, monke
     pretrain(world, tmp_path / "other", seed=2)
     weights = [tmp_path / name / "model.safetensors" for name in ("t5", "other")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"pieces": 5}, "train.jsonl: .*; raise --pieces"),
+        ({"max-length": 3}, "alone is longer than 3 tokens; raise --max-length"),
+    ],
+)
+def test_a_pretraining_of_no_size_is_refused(world, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        pretrain(world, tmp_path / "t5", **flags)
+
+
+def test_a_demo_that_is_made_anew_is_not_there_before_its_end(world, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    shutil.copytree(world, tmp_path / "demo")
+    monkeypatch.setattr(data, "write_demo", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="makes the demo again from its beginning"):
+        data.demo(tmp_path / "demo", restart=True)
+    assert not data.demo_stands(tmp_path / "demo")
 
 
 def test_a_pretraining_that_diverges_ends(world, tmp_path):
@@ -1478,7 +1541,14 @@ def test_a_t5_made_anew_in_its_folder_is_another(world, tmp_path, capsys):
     t5.save_pretrained(tmp_path / "t5")
     tune(world, tmp_path / "other.jsonl", prompt=tmp_path / "run", seeds=1, model=flags["model"])
     assert "used with another T5 that is there now" in capsys.readouterr().err
-    assert len(tune(world, kind="ft", seeds=1, **flags)) == 2
+    shutil.copytree(tmp_path / "t5", tmp_path / "elsewhere")
+    learn(world, tmp_path / "its", model=tmp_path / "t5")
+    here = {"prompt": tmp_path / "its", "model": tmp_path / "elsewhere", "seeds": 1}
+    tune(world, tmp_path / "other.jsonl", **here)
+    assert "learned with" not in capsys.readouterr().err  # the same one under another name
+    tune(world, tmp_path / "other.jsonl", **{**here, "model": world / "t5"})
+    assert f"and is used with {world / 't5'}" in capsys.readouterr().err
+    assert len(tune(world, kind="ft", seeds=1, **flags)) == 2  # one of each T5
     assert len(finetune.newest(read_lines(tmp_path / "r.jsonl"))) == 1
     with pytest.raises(InputError, match="t5: not the one that the run"):
         learn(world, tmp_path / "run", model=tmp_path / "t5")
@@ -1576,6 +1646,12 @@ def test_search_leaves_out_rates_at_which_it_diverges(world, tmp_path, monkeypat
     monkeypatch.setitem(train_meta.PPT, "learning_rate", 0.3)
     with pytest.raises(InputError, match="it diverges with every pair of rates"):
         learn(world, tmp_path / "none", "ppt", search=True)
+
+
+def test_the_end_of_a_run_writes_what_an_earlier_end_did_not(world, tmp_path):
+    prompt = learn(world, tmp_path / "run")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    assert torch.equal(learn(world, tmp_path / "run"), prompt)
 
 
 def test_source_size_and_the_facts_of_a_prompt(world, tmp_path):
@@ -1693,7 +1769,7 @@ def test_full_tuning_starts_every_run_from_the_same_weights(world, tmp_path):
 
 def test_full_tuning_that_diverges_is_no_result(world, tmp_path):
     out = tmp_path / "results.jsonl"
-    message = "no epoch's validation loss is finite at learning rate 1e.20; lower --learning-rate"
+    message = "no validation loss is finite at learning rate 1e.20; lower it"
     with pytest.raises(InputError, match=message):
         tune(world, out, "ft", seeds=1, learning_rate=1e20)
     assert not out.exists()
@@ -1702,10 +1778,10 @@ def test_full_tuning_that_diverges_is_no_result(world, tmp_path):
 def test_runs_go_on_after_one_that_diverges(world, tmp_path, monkeypatch):
     run_one = finetune.run_one
 
-    def diverging(args, run, weights):
+    def diverging(args, run):
         if run["seed"] == 1:
             raise metapt.Diverged("no epoch's validation loss is finite")
-        return run_one(args, run, weights)
+        return run_one(args, run)
 
     out, flags = tmp_path / "results.jsonl", {"task": world / "books", "prompt": "random"}
     monkeypatch.setattr(finetune, "run_one", diverging)
@@ -1757,12 +1833,26 @@ def test_a_stopped_sweep_continues_and_processes_share_it(world, tmp_path, monke
     assert len(rows) == len({finetune.identity(row) for row in rows}) == 2 * 2 * 2 * 2
 
 
+def test_a_state_of_a_task_that_is_back_is_the_newest_again(world, tmp_path):
+    folder, out = tmp_path / "books", tmp_path / "results.jsonl"
+    shutil.copytree(world / "books", folder)
+    flags, texts = {"task": folder, "prompt": "random", "seeds": 1}, (folder / "task.json")
+    first = texts.read_text()
+    for text in (first, first.replace("It was", "It is"), first):
+        texts.write_text(text)
+        rows = tune(world, out, **flags)
+    assert len(rows) == 2 and len(finetune.newest(rows)) == 1
+    assert (
+        finetune.newest(rows)[0]["data"] == tune(world, tmp_path / "anew.jsonl", **flags)[0]["data"]
+    )
+
+
 def test_two_equal_commands_at_once_write_no_run_twice(world, tmp_path, monkeypatch):
     out, run_one, ran = tmp_path / "results.jsonl", finetune.run_one, []
 
-    def beside(args, run, weights):
+    def beside(args, run):
         ran.append(run["seed"])
-        row = run_one(args, run, weights)
+        row = run_one(args, run)
         if run["seed"] == 1:  # the other command is as far, and a run ahead
             finetune.add_result(out, row)
             after = json.loads(json.dumps({**row, "seed": 2}))
@@ -1903,7 +1993,7 @@ def test_report_beside_the_papers_tables(tmp_path, capsys):
             "maml", 0.1, 0, "prompts/own", clustering=None
         ),  # clusters that cluster.py did not make
         result("maml", 0.9, 0, task="mine"),
-        result("maml", 0.42, 0, "prompts/mixed", clustering="random"),
+        result("maml", 0.42, 0, "prompts/mixed", source_task="yelp5", clustering="random"),
         result("maml", 0.5, 0, "prompts/y", source_task="yelp5", clustering="kmeans"),
         result("ft", 0.44, 0, "none"),
         result("ft", 0.3, 0, "none", learning_rate=0.1),
@@ -1922,16 +2012,43 @@ def test_report_beside_the_papers_tables(tmp_path, capsys):
         "| t5-base | 40 | FT | learning_rate 0.003 | 44.00 (1); paper 43.57±2.56, +0.43 " "| - |",
         "| t5-base | 80 | FT | learning_rate 0.003 | **99.00** (1) | - |",
         "| other | 40 | FT | learning_rate 0.003 | **20.00** (1) | - |",
-        "| t5-base | 40 | label clusters | prompts/label | 43.00 (1); paper 42.84±0.76, " "+0.16 |",
-        "| t5-base | 40 | random clusters | prompts/mixed | 42.00 (1); paper 42.95±1.05, "
-        "-0.95 |",
-        "| t5-base | 40 | PPT | prompts/ppt | 43.00 ± 1.58; paper 42.89±1.08, +0.11 |",
+        "| t5-base | 40 | MetaPT(Y), random | prompts/mixed | 42.00 (1); paper 42.95±1.05, -0.95 "
+        "| - |",
     ]:
         assert line in lines, line
     stats = pytest.importorskip("scipy.stats")
     paired = stats.ttest_rel(np.multiply(100, PPT), np.multiply(100, METAPT))
     low, high = paired.confidence_interval()
     assert f"| t5-base | 40 | PPT | prompts/ppt | -2.00 [{low:+.2f}, {high:+.2f}] | - |" in lines
+
+
+def test_only_runs_on_the_same_examples_are_compared(tmp_path, capsys):
+    rows = [result("maml", 0.5, seed) for seed in range(3)]
+    rows += [result("ppt", 0.3, seed) for seed in range(3)]
+    for row in rows[3:]:
+        row["settings"] = {**row["settings"], "max_test": 200}
+    rows += [result("maml", 0.6, seed, task="sst2") for seed in range(3)]
+    for row in rows[6:]:
+        row["settings"] = {**row["settings"], "max_test": 100}
+    rows += [{**row, "method": "ft", "prompt": "none", "accuracy": 0.7} for row in rows[6:]]
+    report(tmp_path, rows, against="MetaPT")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "| t5-base | 40, max_test 200 | PPT | prompts/ppt | **30.00 ± 0.00** (3);" in printed
+    assert "| t5-base | 40, max_test 200 | PPT | prompts/ppt | - | - |" in printed
+    assert "| FT | - | - | **+10.00 [+10.00, +10.00]** |" in printed  # which sst5 has no line of
+
+
+def test_a_training_of_fewer_draws_widens_no_interval(tmp_path, capsys):
+    rows = [result("maml", a, seed, "maml-1", recipe="a") for seed, a in enumerate(METAPT)]
+    rows += [result("ppt", accuracy, seed, "ppt-0") for seed, accuracy in enumerate(PPT)]
+    report(tmp_path, rows, against="PPT")
+    whole = " ".join(capsys.readouterr().out.split())
+    rows.append(result("maml", METAPT[4], 4, "maml-2", recipe="a"))
+    report(tmp_path, rows, against="PPT")
+    gains = 100 * np.subtract(METAPT, PPT)
+    half = pytest.importorskip("scipy.stats").t.ppf(0.975, 4) * gains.std(ddof=1) / 5**0.5
+    for printed in (whole, " ".join(capsys.readouterr().out.split())):
+        assert f"+2.00 [{2 - half:+.2f}, {2 + half:+.2f}] |" in printed
 
 
 @pytest.mark.parametrize(
@@ -2003,6 +2120,8 @@ def test_a_recipe_is_a_prompts_arguments_without_its_seed():
     facts = {"arguments": {"seed": 1, "out": "a", "alpha": 0.08}, "digests": {"source": "0"}}
     again = {"arguments": {"seed": 2, "out": "b", "alpha": 0.08}, "digests": {"source": "0"}}
     assert finetune.recipe_of(facts) == finetune.recipe_of(again)
+    again["arguments"]["threads"] = 2
+    assert finetune.recipe_of(facts) == finetune.recipe_of(again)
     again["arguments"]["alpha"] = 0.3
     assert finetune.recipe_of(facts) != finetune.recipe_of(again)
     assert finetune.recipe_of({}) is None
@@ -2014,11 +2133,13 @@ def test_report_prints_confusion_matrices(tmp_path, capsys):
     rows += [result("ft", 0.9, 1, "none", model=model, **facts) for model in ("a/t5", "b/t5")]
     report(tmp_path, rows, confusion=True)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "sst5, MetaPT (prompts/maml), 40 shots, all seeds" in printed
+    assert "sst5, t5-base, 40 shots, MetaPT, prompts/maml, all seeds" in printed
     assert "| bad | 6 | 2 | | good | 0 | 8 |" in printed
-    assert "FT (none), 40 shots, model b/t5, all seeds" in printed and "| 3 | 1 |" in printed
+    assert "sst5, b/t5, 40 shots, FT, all seeds" in printed and "| 3 | 1 |" in printed
     with pytest.raises(InputError, match="'words' is missing; run them again for --confusion"):
         report(tmp_path, [result("maml", 0.9, 1)], confusion=True)
+    with pytest.raises(InputError, match="run them again for --confusion"):
+        report(tmp_path, [result("maml", 0.9, 1, words=3, confusion=[[1]])], confusion=True)
 
 
 def test_a_reader_that_has_enough_ends_a_report_quietly(tmp_path):
@@ -2199,7 +2320,7 @@ def read_settings(path):
 
 
 def read_block(path):
-    return data.read_block(path, SENTIMENT)
+    return list(data.read_blocks([path], SENTIMENT))
 
 
 def read_examples(path):
@@ -2271,12 +2392,10 @@ bad_file(read_clustering, "kmeans4.json", *BAD_OBJECTS)
 bad_file(read_settings, "settings.json", *BAD_OBJECTS, b"{}", b'{"labeller": {}}')
 
 block = lambda text: lambda path: path.write_bytes(data.gzip.compress(text))
-bad_file(read_block, "000000.json.gz", b"", b"no gzip", b"\x1f\x8b", packed("", "{}" * 999, 9))
-bad_file(read_block, "000000.json.gz", *map(block, BAD_OBJECTS), block(b"{}"))
-bad_file(read_block, "000000.json.gz", block(b'{"examples": [], "counts": []}'))
-bad_file(read_block, "000000.json.gz", block(b'{"examples": {}, "counts": {}}'))
-bad_file(read_block, "000000.json.gz", block(b'{"examples": [], "counts": {"read": "x"}}'))
-bad_file(read_block, "000000.json.gz", block(b'{"examples": [{"text": "a"}], "counts": {}}'))
+BLOCK = "000000.jsonl.gz"
+bad_file(read_block, BLOCK, b"no gzip", b"\x1f\x8b", packed("", '{"text": "a"}' * 99, 9))
+bad_file(read_block, BLOCK, *map(block, BAD_OBJECTS[2:]), block(b"{}"))
+bad_file(read_block, BLOCK, block(b'{"text": "a"}'), block(b'{"text": "a", "label": 7}'))
 
 BAD_TENSORS = [b"", b"\0", b"\0" * 8, b"\xff" * 100, safetensors({}, size=2**62)]
 BAD_TENSORS += [safetensors({}, size=2**20), safetensors(b"{"), safetensors(b"[" * 10**5)]
@@ -2472,7 +2591,7 @@ GOOD_INPUTS = [
     (read_prompt, "prompt/adapter_model.safetensors", one_tensor("F16", [3, 16], 96, bytes(96))),
     (read_clustering, "kmeans4.json", b'{"method": "lda"}'),
     (read_checkpoint, "run/checkpoint.safetensors", checkpoint(GOOD_FACTS)),
-    (read_block, "000000.json.gz", block(b'{"examples": [], "counts": {"read": 3}}')),
+    (read_block, BLOCK, block(b'{"text": "a", "label": 1}')),
     (read_t5, "t5/generation_config.json", b"{}"),
     (read_clusters, "s.jsonl", one_cluster * 9),
     (read_examples, "s.jsonl", FINE),
@@ -2563,7 +2682,7 @@ BAD_FLAGS = [
     ),
     (cluster, ["--source", "{demo}/pt.json", "--out", "task.jsonl"], "must end in .jsonl; its arg"),
     (cluster, ["--source", "{demo}/pt.json", "--out", "k.json"], "must end in .jsonl; its arg"),
-    (data, ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no file of this dataset here"),
+    (data, ["convert", "sst5", "--input", "{demo}", "--out", "x"], "no training file here"),
     (data, ["convert", "sst5", "--input", "x", "--out", "x"], "--input: x: no such file"),
     (
         data,
@@ -2587,10 +2706,17 @@ def test_a_bad_flag_ends_in_one_line(world, tmp_path, capsys, monkeypatch, scrip
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_not_taken_for_a_word_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random").mkdir()
+    start = data.folder_or("random")
+    assert start("random") == "random" and start("./random") == str(tmp_path / "random")
+
+
 def test_a_device_that_is_not_there_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(argparse.ArgumentTypeError, match="cuda: this PyTorch finds no GPU"):
+    with pytest.raises(argparse.ArgumentTypeError, match="cuda: this PyTorch finds no such GPU"):
         data.device("cuda")
 
 

@@ -179,24 +179,26 @@ def learn(args, model, tasks, held_out, facts):
 
     stopped = False
     bar = tqdm(None, args.method, max_steps, initial=step, disable=rank > 0 or None)
-    with data.StopSignal() as stop, bar:
+    with data.stop_signal() as stop, bar:
         while True:
             ended = step >= max_steps
             # A run may continue from an evaluation.
             evaluated = bool(log) and log[-1]["step"] == step
-            if not evaluated and (ended or step % args.eval_every == 0):
+            due = not evaluated and (ended or step % args.eval_every == 0)
+            if due:
                 score = validate(model, prompt.detach(), held_out, args.alpha)
                 log.append({"step": step, **shared_mean(score, prompt)})
                 if best_of(log) == len(log) - 1:
                     best.copy_(prompt.detach())
                 show(bar, **log[-1])
-                save(out, tensors, optimizer, step, log, model.t5, facts)
 
-            if stopped:
+            over = ended or out_of_patience(log, args.patience, first)
+            if due or stopped or over:  # over: what an earlier end did not write is mended
                 save(out, tensors, optimizer, step, log, model.t5, facts)
+            if stopped:
                 raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {data.CONTINUES}")
 
-            if ended or out_of_patience(log, args.patience, first):
+            if over:
                 return step, log
 
             if args.method == "ppt":
