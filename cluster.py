@@ -271,10 +271,11 @@ def make_meta_tasks(args):
         kept = check_sizes(source, clusters, args.min_size, args.drop_small)
         telling = telling_words(counts, clusters, words)
         describe(task, texts, labels, clusters, distances, telling)
-        panels.append((f"{args.method}, {len(telling)} clusters", clusters, telling))
+        shown = {name: telling[name] for name in np.unique(clusters[kept]).tolist()}
+        panels.append((f"{args.method}, {len(shown)} clusters", clusters, shown))
         write_clusters(out, source, task, examples, clusters, kept)
         data.save_arguments(out.with_suffix(".json"), args)
-        print(f"wrote {out}: {kept.sum():,} examples in {len(np.unique(clusters[kept]))} clusters")
+        print(f"wrote {out}: {kept.sum():,} examples in {len(shown)} clusters")
 
     if args.figure:
         data.save_figure(args.figure, plot(embeddings, panels, args.seed))

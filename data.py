@@ -1734,7 +1734,7 @@ def fingerprint(t5):
 @contextlib.contextmanager
 def stop_signal():
     """Within `with stop_signal() as stop`, Ctrl-C and SIGTERM only make `stop` true: the loop ends
-    its step first."""
+    its step first. Where it did not act on one, that comes through at the end."""
     stop, numbers = [], (signal.SIGINT, signal.SIGTERM)
     handle = lambda number, frame: stop.append(number)
     before = {number: signal.signal(number, handle) for number in numbers}
@@ -1743,6 +1743,9 @@ def stop_signal():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    if stop:  # it came too late for any step, but not for what would follow
+        signal.raise_signal(stop[-1])
 
 
 def run(main):

@@ -1457,6 +1457,22 @@ def test_a_stopped_run_continues_to_the_same_prompt(world, tmp_path, monkeypatch
     assert logs[0] == logs[1]
 
 
+def test_a_stop_at_the_end_of_a_run_ends_the_search_too(world, tmp_path, monkeypatch):
+    validate, seen = train_meta.validate, []
+
+    def interrupted(*args):
+        seen.append(1)
+        if len(seen) == 4:  # the last of a run
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate(*args)
+
+    monkeypatch.setattr(train_meta, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn(world, tmp_path / "out", search=True)
+    (folder,) = (tmp_path / "out").glob("alpha*")
+    assert len(read_lines(folder / "log.jsonl")) == 4 and load_prompt(folder)[1]["step"] <= 6
+
+
 def test_a_killed_run_continues_to_the_same_bytes(world, tmp_path):
     """SIGKILL at random moments, three times in one run."""
     short = {"prompt_length": 3, "validation": 40, "max_steps": 60, "eval_every": 2}
