@@ -1308,7 +1308,7 @@ def test_describe_prints_what_is_in_a_cluster(capsys):
     assert f"\n    {texts[39][:110]}\n" in printed
 
 
-def test_small_clusters_are_an_error_or_dropped(tmp_path):
+def test_small_clusters_are_an_error_or_dropped(world, tmp_path, monkeypatch):
     examples = make_examples(40) + [{"text": "alone", "label": 4}] * 9
     data.write_task(tmp_path, SENTIMENT, {"examples": examples})
     flags = {"source": tmp_path / "examples.jsonl", "method": "label", "min_size": 9}
@@ -1317,7 +1317,11 @@ def test_small_clusters_are_an_error_or_dropped(tmp_path):
     with pytest.raises(InputError, match="cluster 0 has 8 examples, fewer than the 9 .*--drop-sm"):
         run(cluster, **flags)
     assert not (tmp_path / "label.jsonl").exists()
-    run(cluster, **flags, drop_small=True)
+    drawn, plot = [], cluster.plot
+    monkeypatch.setattr(cluster, "plot", lambda *args: drawn.extend(args[1]) or plot(*args))
+    figure = {"figure": tmp_path / "tsne.png", "encoder": world / "t5", "device": "cpu"}
+    run(cluster, **flags, **figure, drop_small=True)
+    assert drawn[0][0] == "label, 1 clusters" and set(drawn[0][2]) == {4}
     assert {example["cluster"] for example in read_lines(tmp_path / "label.jsonl")} == {4}
 
 
