@@ -142,8 +142,9 @@ def read_examples(path, task, labelled=True):
     too. Every field of the task's template must be there and, where `labelled`, a label that is an
     index into its words. Raises InputError with the file and the line."""
     plain = unpacked_name(path).endswith(".txt")
+    form = json.dumps({**dict.fromkeys(task.fields, "..."), "label": 0})
     number = 0
-    with blame(lambda: f"{path}:{number}", 'write examples, as {"text": "...", "label": 0}'):
+    with blame(lambda: f"{path}:{number}", f"write examples, as {form}"):
         for number, line in numbered_lines(path):
             if not line.strip():
                 continue

@@ -239,8 +239,11 @@ def read_prompts(args, t5):
     folders = [prompt for prompt in args.prompt if prompt != "random"]
     prompts = {folder: load_prompt(folder, t5.config.d_model) for folder in folders}
     fingerprint = data.fingerprint(t5)
-    for folder, (_, facts) in prompts.items():
+    for folder, (prompt, facts) in prompts.items():
         notice_another_t5(folder, facts, args.model, fingerprint)
+        if "random" in args.prompt and len(prompt) != args.prompt_length:
+            lengths = f"{folder} has {len(prompt)} vectors, random {args.prompt_length}"
+            notice(f"{lengths}: --prompt-length {len(prompt)} makes them alike")
 
     return prompts
 
@@ -250,9 +253,15 @@ def notice_another_t5(prompt, facts, name, fingerprint):
     base = facts["base_model"]
     known = facts.get("digests", {}).get(base)
     same = known == fingerprint if known else base in (None, name)
-    if not same and data.rank_and_world()[0] == 0:
+    if not same:
         now = name if name != base else "another T5 that is there now"
-        print(f"{prompt} was learned with {base}, and is used with {now}", file=sys.stderr)
+        notice(f"{prompt} was learned with {base}, and is used with {now}")
+
+
+def notice(text):
+    """Prints a line on standard error, from the first process."""
+    if data.rank_and_world()[0] == 0:
+        print(text, file=sys.stderr)
 
 
 def load_task(folder, t5, tokenizer, args):
@@ -475,7 +484,7 @@ def predict(args):
     if not examples:
         raise InputError(f"{args.predict}: no text to label; give one on each line")
     if blank:
-        print(f"{args.predict}: {blank} blank lines have no label", file=sys.stderr)
+        notice(f"{args.predict}: blank lines, which get no label: {blank}")
 
     label(model, prompt, examples)
     if args.out:
@@ -826,7 +835,8 @@ def print_report(args):
 
     title = (
         f"Against {against}: mean difference in points, paired over the seeds, with its 95 % t "
-        "interval over seeds and, where there are several, trainings; bold where it leaves out 0."
+        "interval over seeds, two at least, and over trainings where there are several; bold where it "
+        "leaves out 0."
     )
     print_table(title, gain_table(lines, against))
     if args.confusion:
@@ -851,7 +861,8 @@ def curves(results, x):
 
     found = {name: curve for name, curve in found.items() if len(curve) > 1}
     if not found:
-        raise InputError(f"no method was run with more than one value of {x}: nothing to plot")
+        message = f"no method was run with more than one value of {x}: nothing to plot"
+        raise InputError(f"{message}; run one with several")
 
     methods, labelled = Counter(method for method, _, _ in found), {}
     for name, curve in found.items():
@@ -922,7 +933,8 @@ def make_parser():
     parser.add("--shots", "training examples", [40], type=whole(1), nargs="+")
     parser.add("--seeds", "each draws its own examples", seeds, type=whole(0), nargs="+")
     parser.add("--out", out, metavar="FILE")
-    parser.add("--save", "keeps every tuned prompt in a folder here", metavar="FOLDER")
+    save = "keeps every tuned prompt in a folder here; full tuning's weights are not kept"
+    parser.add("--save", save, metavar="FOLDER")
     parser.add("--predict", texts, type=data.file, metavar="FILE")
     parser.add_setting("--learning-rate", "AdamW's", SETTINGS, type=positive)
     parser.add_switch("--search", f"full tuning tries {RATES}; tests what validates best")

@@ -1717,11 +1717,15 @@ def test_finetune_saves_and_predicts(world, tmp_path, capsys):
     assert again[:8] == rows  # only what is new is run
     assert "4 new runs, 8 stood there already" in capsys.readouterr().out
 
+    other = {"prompt": prompts, "prompt_length": 4, "seeds": 1, "task": world / "books"}
+    tune(world, tmp_path / "other.jsonl", **other)
+    assert "meta has 3 vectors, random 4: --prompt-length 3 makes them" in capsys.readouterr().err
+
     tuned, texts = tmp_path / "tuned" / "books-meta-8-1", tmp_path / "new.txt"
     texts.write_text("The plot was gripping .\n\nDull hero .\n", encoding="utf-8")
     run(finetune, predict=texts, prompt=tuned, device="cpu")
     printed = capsys.readouterr()
-    assert "1 blank lines have no label" in printed.err
+    assert "blank lines, which get no label: 1" in printed.err
     lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [line["text"] for line in lines] == ["The plot was gripping .", "Dull hero ."]
     model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT, max_length=128)
@@ -2731,6 +2735,13 @@ def test_a_folder_is_not_taken_for_a_word_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "random").mkdir()
     start = data.folder_or("random")
     assert start("random") == "random" and start("./random") == str(tmp_path / "random")
+
+
+def test_a_missing_field_shows_the_form_that_the_template_takes(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 0}\n')
+    task = Task("x", "{review} It was {mask}", data.WORDS[2])
+    with pytest.raises(InputError, match=r'a.jsonl:1: .*as {"review": "...", "label": 0}'):
+        list(data.read_examples(tmp_path / "a.jsonl", task))
 
 
 def test_a_device_that_is_not_there_is_named():
