@@ -190,9 +190,10 @@ def check_example(example, task, labelled=True):
 def write_examples(path, examples):
     """Writes JSON lines, packed where `path` ends in .gz, beside it first and then renamed."""
 
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+
     def write(beside):
-        packed = Path(path).suffix == ".gz"
-        with (gzip.open if packed else open)(beside, "wt", encoding="utf-8") as file:
+        with opener(beside, "wt", encoding="utf-8") as file:
             for example in examples:
                 file.write(json.dumps(example, ensure_ascii=False) + "\n")
 
