@@ -1481,18 +1481,18 @@ def test_a_killed_run_continues_to_the_same_bytes(world, tmp_path):
     """SIGKILL at random moments, three times in one run."""
     short = {"prompt_length": 3, "validation": 40, "max_steps": 60, "eval_every": 2}
     flags = {"config": world / "maml.json", "patience": 99, **short}
-    subprocess.run(command(train_meta, out=tmp_path / "whole", **flags), check=True)
+    run(train_meta, out=tmp_path / "whole", **flags)
     rng, log = random.Random(0), tmp_path / "parts" / "log.jsonl"
     lines = lambda: len(read_lines(log)) if log.exists() else 0
     for kill in range(3):
-        run = subprocess.Popen(command(train_meta, out=tmp_path / "parts", **flags))
+        process = subprocess.Popen(command(train_meta, out=tmp_path / "parts", **flags))
         before, began = lines(), time.time()
-        while run.poll() is None and lines() <= before and time.time() - began < 60:
+        while process.poll() is None and lines() <= before and time.time() - began < 60:
             time.sleep(0.01)
         time.sleep(rng.random() / 10)
-        run.kill()
-        assert run.wait() == -9, "the run ended before it was killed: give it more steps"
-    subprocess.run(command(train_meta, out=tmp_path / "parts", **flags), check=True)
+        process.kill()
+        assert process.wait() == -9, "the run ended before it was killed: give it more steps"
+    run(train_meta, out=tmp_path / "parts", **flags)
     for name in ("adapter_model.safetensors", "log.jsonl"):
         parts, whole = (tmp_path / folder / name for folder in ("parts", "whole"))
         assert parts.read_bytes() == whole.read_bytes()
