@@ -189,7 +189,6 @@ def check_example(example, task, labelled=True):
 
 def write_examples(path, examples):
     """Writes JSON lines, packed where `path` ends in .gz, beside it first and then renamed."""
-
     opener = gzip.open if Path(path).suffix == ".gz" else open
 
     def write(beside):
@@ -435,21 +434,25 @@ def convert(name, source, out, test_share=0.0):
     for split in {"train", "validation", "test"} - set(splits):  # of an earlier conversion
         (out / f"{split}.jsonl").unlink(missing_ok=True)
 
-    empty = [word for i, word in enumerate(WORDS[classes]) if not counts["train"][i]]
-    if empty:
-        print(f"warning: no training example is {' or '.join(empty)}: is this the file of {name}?")
-
-    for split, path in files.items():
-        kept = [f"{counts[split].pop(i, 0):,} {word}" for i, word in enumerate(WORDS[classes])]
-        dropped = [f"{count:,} ({why})" for why, count in counts[split].items()] or ["none"]
-        print(f"{path}: for {split} kept {', '.join(kept)}; dropped {', '.join(dropped)}")
-
+    print_counts(name, files, counts, WORDS[classes])
     print(f"wrote {out}: task.json and {', '.join(f'{split}.jsonl' for split in splits)}")
     if "test" not in splits:
         print(
             "no test file was there, and finetune.py needs one: give the folder of all files, or "
             "--test-share 0.3 to draw three in ten training examples for it"
         )
+
+
+def print_counts(name, files, counts, words):
+    """Prints what of each split was kept of which class, what was dropped and why."""
+    empty = [word for i, word in enumerate(words) if not counts["train"][i]]
+    if empty:
+        print(f"warning: no training example is {' or '.join(empty)}: is this the file of {name}?")
+
+    for split, path in files.items():
+        kept = [f"{counts[split].pop(i, 0):,} {word}" for i, word in enumerate(words)]
+        dropped = [f"{count:,} ({why})" for why, count in counts[split].items()] or ["none"]
+        print(f"{path}: for {split} kept {', '.join(kept)}; dropped {', '.join(dropped)}")
 
 
 # ------------------------------------------- Pseudo-labels (Section 4.1): a labeller, then a corpus

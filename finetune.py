@@ -178,9 +178,6 @@ def run_all(args):
         data.try_place(Path(args.save) / "prompt")
 
     runs = list_runs(args, tasks, prompts)
-    for run in runs:  # a folder that holds another run's prompt is refused now, not in the sweep
-        is_missing(args, run)
-
     made, stood, diverged = make_runs(args, runs[rank::world])
     results = read_results(out)
     if {run["identity"] for run in runs} <= results.keys():
@@ -207,10 +204,11 @@ def make_runs(args, runs):
     many stood there, and the errors of those that diverged."""
     out, made, stood, diverged = Path(args.out), 0, 0, []
     results = read_results(out)
+    current = {identity(row) for row in newest(results.values())}
     for run in tqdm(runs, "runs", disable=True if data.rank_and_world()[0] else None):
         row = results.get(run["identity"])
-        if row and not args.restart and not is_missing(args, run):
-            if row not in newest(results.values()):  # its prompt, task or T5 of then is back
+        if row and not args.restart and not run["missing"]:
+            if identity(row) not in current:  # its prompt, task or T5 of then is back
                 results = add_result(out, row, again=True)
             stood += 1
             continue
@@ -325,7 +323,8 @@ def print_test(task, test):
 
 
 def list_runs(args, tasks, prompts):
-    """What the arguments name: a run for every method, task, prompt, number of shots and seed."""
+    """What the arguments name: a run for every method, task, prompt, number of shots and seed.
+    Raises InputError where --save would replace another run's prompt."""
     runs = []
     for method in args.method:
         settings = vars(data.fill(args, SETTINGS[method]))
@@ -334,7 +333,9 @@ def list_runs(args, tasks, prompts):
             run = {"method": method, "settings": settings, "task": task}
             run |= {"prompt": start, "learned": prompts.get(start), "shots": shots, "seed": seed}
             row, _, _ = begin(run)
-            runs.append({**run, "identity": identity(row)})
+            run["identity"] = identity(row)
+            run["missing"] = is_missing(args, run)
+            runs.append(run)
 
     return runs
 

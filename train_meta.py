@@ -182,8 +182,7 @@ def learn(args, model, tasks, held_out, facts):
     with data.stop_signal() as stop, bar:
         while True:
             ended = step >= max_steps
-            # A run may continue from an evaluation.
-            evaluated = bool(log) and log[-1]["step"] == step
+            evaluated = bool(log) and log[-1]["step"] == step  # a run may continue from one
             due = not evaluated and (ended or step % args.eval_every == 0)
             if due:
                 score = validate(model, prompt.detach(), held_out, args.alpha)
@@ -197,7 +196,6 @@ def learn(args, model, tasks, held_out, facts):
                 save(out, tensors, optimizer, step, log, model.t5, facts)
             if stopped:
                 raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {data.CONTINUES}")
-
             if over:
                 return step, log
 
