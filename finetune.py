@@ -300,11 +300,21 @@ def load_task(folder, t5, tokenizer, args):
         order = np.random.default_rng(0).permutation(len(test))
         test = [test[i] for i in order[: args.max_test]]
 
+    warn_of_leak(paths[1], model.task, found.values(), test)
     print_test(model.task, test)
     test.sort(key=lambda example: len(data.text_of(example, model.task)))
     made = data.provenance(args.device, *paths)
     made["digests"][args.model] = data.fingerprint(t5)
     return {"model": model, "splits": splits, "test": list(data.encoded(model, test)), "made": made}
+
+
+def warn_of_leak(path, task, drawn, test):
+    """Prints a warning where what is tested on was trained on."""
+    tested = {data.text_of(example, task) for example in test}
+    seen = sum(data.text_of(example, task) in tested for example in drawn)
+    if seen > len(drawn) / 10:  # any two splits share a few short texts
+        what = f"{seen} of the {len(drawn)} examples drawn from train.jsonl"
+        notice(f"warning: {path} holds {what}: results will look better than they are")
 
 
 def print_test(task, test):
@@ -332,8 +342,8 @@ def list_runs(args, tasks, prompts):
         for task, start, shots, seed in itertools.product(tasks, starts, args.shots, args.seeds):
             run = {"method": method, "settings": settings, "task": task}
             run |= {"prompt": start, "learned": prompts.get(start), "shots": shots, "seed": seed}
-            row, _, _ = begin(run)
-            run["identity"] = identity(row)
+            run["row"], run["start"], run["facts"] = begin(run)
+            run["identity"] = identity(run["row"])
             run["missing"] = is_missing(args, run)
             runs.append(run)
 
@@ -372,7 +382,7 @@ def begin(run):
 def run_one(args, run):
     """One run, as its line of results. After full tuning the T5 has its own weights again."""
     model, test, made = run["task"]["model"], run["task"]["test"], run["task"]["made"]
-    row, start, facts = begin(run)
+    row, start, facts = run["row"], run["start"], run["facts"]
     training, validation = run["task"]["splits"][run["shots"], run["seed"]]
     warn_of_one_class(model.task, training, run)
     names = ("batch_size", "max_epochs", "patience", "accumulate", "max_steps", "weight_decay")
@@ -830,9 +840,12 @@ def print_report(args):
 
     names = list(dict.fromkeys(part for name in lines for part in names_of(name)))
     against = args.against or next((n[4] for n in lines if n[3] == "MetaPT"), names[0])
-    if against not in names:
-        found = ", ".join(names)
-        raise InputError(f"{args.report}: no {against} to compare with, only {found}")
+    if against not in names:  # ppt may stand for PPT
+        named = [name for name in names if name.lower() == against.lower()]
+        if not named:
+            found = ", ".join(names)
+            raise InputError(f"{args.report}: no {against} to compare with, only {found}")
+        against = named[0]
 
     title = (
         f"Against {against}: mean difference in points, paired over the seeds, with its 95 % t "

@@ -1823,6 +1823,16 @@ def test_few_examples_of_one_class_bring_a_warning(world, tmp_path, capsys):
     assert "warning: all 8 training examples of same, seed 1, are 'okay'; --balanced" in printed
 
 
+def test_a_test_split_that_holds_training_examples_brings_a_warning(world, tmp_path, capsys):
+    leaking = make_examples(40)
+    splits = {"train": leaking, "test": leaking}
+    data.write_task(tmp_path / "leak", Task("leak", data.TEMPLATE, data.WORDS[5]), splits)
+    tune(world, tmp_path / "r.jsonl", task=tmp_path / "leak", prompt="random", seeds=1)
+    assert "leak/test.jsonl holds 16 of the 16 examples" in capsys.readouterr().err
+    tune(world, tmp_path / "r.jsonl", task=world / "books", prompt="random", seeds=1)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_accumulated_passes_give_the_same_prompt(model):
     examples = (model.init_prompt(3).double(), make_examples(20), make_examples(8, 1))
     settings = {"learning_rate": 0.1, "batch_size": 8, "max_epochs": 2}
@@ -2068,7 +2078,7 @@ def test_a_training_of_fewer_draws_widens_no_interval(tmp_path, capsys):
     report(tmp_path, rows, against="PPT")
     whole = " ".join(capsys.readouterr().out.split())
     rows.append(result("maml", METAPT[4], 4, "maml-2", recipe="a"))
-    report(tmp_path, rows, against="PPT")
+    report(tmp_path, rows, against="ppt")
     gains = 100 * np.subtract(METAPT, PPT)
     half = pytest.importorskip("scipy.stats").t.ppf(0.975, 4) * gains.std(ddof=1) / 5**0.5
     for printed in (whole, " ".join(capsys.readouterr().out.split())):
@@ -2989,7 +2999,7 @@ def readers_folder(world, labeller, tmp_path, monkeypatch):
 def test_every_command_and_snippet_of_the_readme_runs(readers_folder, capsys):
     (snippet,) = fenced("python")
     exec(snippet.replace("range(100)", "range(2)"), {})
-    (shown,) = fenced("text")[2:]  # behind the snippet
+    (shown,) = fenced("text")[1:]  # behind the snippet
     printed = capsys.readouterr().out
     assert re.sub(r"[\d.]+", "#", shown) in re.sub(r"[\d.]+", "#", printed)
 
