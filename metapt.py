@@ -1,8 +1,8 @@
 """
 MetaPT: Learning a Better Initialization for Soft Prompts via Meta-Learning (Huang, Qian and Yu).
 
-The method and nothing else; it needs torch and transformers, and can be copied alone into another
-project. From top to bottom:
+The method and nothing else; it needs torch and transformers (5.15 or newer), and can be copied alone
+into another project. From top to bottom:
 
     Section 3             Task, PromptedT5: a frozen T5 reads [P; H(x)] and answers at the mask
     Equations 1 and 2     adapt, textbook_meta_gradient: the definition, as it is written
@@ -92,8 +92,13 @@ class Task:
 
     def _replaced(self):
         """The names in braces, in their order."""
-        pieces = string.Formatter().parse(self.template)
-        return [name for _, name, _, _ in pieces if name is not None]
+        names = []
+        for _, name, form, conversion in string.Formatter().parse(self.template):
+            if form or conversion:
+                raise ValueError(f"{name!r} takes no format")
+            if name is not None:
+                names.append(name)
+        return names
 
     @property
     def fields(self):
@@ -123,8 +128,9 @@ class PromptedT5(torch.nn.Module):
     """A frozen T5 that reads a soft prompt P before the text, [P; H(x)], and answers at the mask
     (Section 3).
 
-    t5: any T5ForConditionalGeneration. Its weights are frozen, its dropout is turned off, and its
-    cross-attention is exchanged for one that multiplies in another order.
+    t5: any T5ForConditionalGeneration. Its weights are frozen, its dropout is turned off (until
+    someone calls train()), and its cross-attention is exchanged for one that multiplies in another
+    order, where no adapter stands in it.
     tokenizer: its tokenizer. task: the Task.
     max_length: tokens of H(x) at most; the text is cut, never the template.
     Raises InputError where a word of the task is not one piece of the tokenizer, or where model or
@@ -138,7 +144,9 @@ class PromptedT5(torch.nn.Module):
 
         self.t5 = t5.requires_grad_(False).eval()
         for block in t5.decoder.block:
-            block.layer[1].EncDecAttention.__class__ = CrossAttention
+            attention = block.layer[1].EncDecAttention
+            if {type(attention.k), type(attention.v)} == {torch.nn.Linear}:
+                attention.__class__ = CrossAttention
 
         self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
@@ -200,7 +208,7 @@ class PromptedT5(torch.nn.Module):
             labels = [example["label"] for example in examples]
             if not set(labels) <= set(range(len(self.task.words))):
                 raise InputError(f"labels {labels} are not all indices of {self.task.words}")
-            batch["labels"] = torch.tensor(labels)
+            batch["labels"] = torch.tensor(labels, dtype=torch.long)
 
         return batch
 
@@ -223,7 +231,7 @@ class PromptedT5(torch.nn.Module):
 
         too_long = sum(map(len, parts)) + 1 - self.max_length
         for _ in range(too_long):
-            longest = max(fields, key=len)
+            longest = max(fields, key=len, default=[])
             if not longest:
                 raise InputError(
                     f"the template of task {self.task.name} alone is longer than "
@@ -260,7 +268,7 @@ class PromptedT5(torch.nn.Module):
         prompt: [n, d], or [B, n, d] with one for each example; an empty one, [0, d], is none.
         """
         text = self.t5.get_input_embeddings()(batch["input_ids"].to(self.device))
-        P = prompt.to(text.dtype).expand(len(text), -1, -1)
+        P = prompt.to(text).expand(len(text), -1, -1)
         answer = self.t5(
             inputs_embeds=torch.cat([P, text], dim=1),
             attention_mask=self._padding(batch, P.shape[1], text.dtype),
@@ -300,27 +308,23 @@ class PromptedT5(torch.nn.Module):
         """Scores of labelled batches: `accuracy` (a share), mean `loss`, `in_words` (the share of
         examples whose most probable token of the whole vocabulary is a word of the task) and
         `confusion` (counts, [true][predicted])."""
-        classes = len(self.task.words)
-        confusion = torch.zeros(classes, classes, dtype=torch.float64, device=self.device)
-        loss, in_words = torch.zeros(2, dtype=torch.float64, device=self.device)
-        one = torch.ones((), dtype=torch.float64, device=self.device)
+        columns = []
         for batch in batches:
-            logits = self(prompt, batch)
-            labels = batch["labels"].to(self.device)
+            logits, labels = self(prompt, batch), batch["labels"].to(self.device)
             predicted = logits[:, self.word_ids].argmax(-1)
-            confusion.index_put_((labels, predicted), one, accumulate=True)
-            loss += F.cross_entropy(logits, self.word_ids[labels], reduction="sum")
-            in_words += torch.isin(logits.argmax(-1), self.word_ids).sum()
+            losses = F.cross_entropy(logits, self.word_ids[labels], reduction="none")
+            in_words = torch.isin(logits.argmax(-1), self.word_ids)
+            columns.append(torch.stack([labels, predicted, losses, in_words]))
 
         # All numbers in one transfer: the device is waited for once, not at every batch.
-        *counts, loss, in_words = torch.stack([*confusion.flatten(), loss, in_words]).tolist()
-        confusion = torch.tensor(counts).long().view(classes, classes)
-        total = confusion.sum().item()
+        labels, predicted, losses, in_words = torch.cat(columns, dim=1).cpu().double()
+        classes = len(self.task.words)
+        counts = torch.bincount((classes * labels + predicted).long(), minlength=classes**2)
         return {
-            "accuracy": confusion.trace().item() / total,
-            "loss": loss / total,
-            "in_words": in_words / total,
-            "confusion": confusion.tolist(),
+            "accuracy": (labels == predicted).double().mean().item(),
+            "loss": losses.mean().item(),
+            "in_words": in_words.mean().item(),
+            "confusion": counts.view(classes, classes).tolist(),
         }
 
 
@@ -342,10 +346,10 @@ def adapt(model, prompt, support, alpha, create_graph=False):
 
 def textbook_meta_gradient(model, prompt, supports, queries, alpha):
     """Equation 2's gradient ∇_P Σ_Ti L_Ti(f_P'_i), where every P'_i is a function of P: the
-    definition. The arguments and the result are those of meta_gradient."""
+    definition. These arguments and the result are as in meta_gradient."""
     P = prompt.detach().clone().requires_grad_()
     total = 0
-    for support, query in zip(supports, queries):
+    for support, query in zip(supports, queries, strict=True):
         adapted = adapt(model, P, support, alpha, create_graph=True)  # P'_i
         total = total + model.loss(adapted, query)  # on another m examples
     (gradient,) = torch.autograd.grad(total, P)
@@ -409,19 +413,20 @@ def summed_loss(model, prompts, batches):
     depends on the others. Examples of about one length share a forward pass, whatever their task:
     padding is work that is thrown away. At t5-small's shape that takes a seventh off a step, and
     more where the T5 is smaller."""
-    batch = batches[0] if len(batches) == 1 else join(batches, model.tokenizer.pad_token_id)
+    batch = join(batches, model.tokenizer.pad_token_id)
     sizes = torch.tensor([len(one["labels"]) for one in batches])
     task = torch.arange(len(batches)).repeat_interleave(sizes)  # of each example
 
-    lengths, order = batch["attention_mask"].sum(1).sort(stable=True)
+    lengths, order = batch["attention_mask"].sum(1).cpu().sort(stable=True)
     elements = int(lengths.sum() + len(order) * prompts.shape[1]) * prompts.shape[2]
     chunks = max(1, round(elements / CHUNK_SIZE.get(prompts.device.type, 2**23)))
     P, total = prompts.unbind(), 0
     for rows in order.chunk(chunks):
-        # Not prompts[task[rows]]: on a CPU the gradient of that is summed in no fixed order.
-        own = torch.stack([P[i] for i in task[rows]])
+        # Not prompts[owners]: on a CPU the gradient of that is summed in no fixed order.
+        owners = task[rows]
+        own = torch.stack([P[i] for i in owners])
         losses = model.loss(own, select(batch, rows), reduction="none")
-        total = total + (losses / sizes[task[rows]].to(losses.device)).sum()
+        total = total + (losses / sizes[owners].to(losses.device)).sum()
 
     return total
 
@@ -498,8 +503,8 @@ def best_of(scores):
 
 
 def out_of_patience(scores, patience, first=0):
-    """Early stopping: whether `patience` validations have followed the best one, or the one of
-    number `first`, without a better one."""
+    """Early stopping: whether `patience` validations have followed the best one, and the one of
+    number `first`."""
     return len(scores) - 1 - max(best_of(scores) or 0, first) >= patience
 
 
@@ -509,7 +514,8 @@ def out_of_patience(scores, patience, first=0):
 def load_t5(name, device="cpu", dtype="float32"):
     """A T5, T5 v1.1, flan-t5 or LM-adapted T5 by hub name or folder, and its tokenizer. Reads
     safetensors only and runs no code that comes with a model. Raises InputError."""
-    with blame(name, "give a T5 by hub name or folder, as google-t5/t5-base", Exception):
+    mend = "give a T5 by hub name or folder, with safetensors and tokenizer.json"
+    with blame(name, mend, Exception):
         # A misspelt folder of one's own is not asked of the hub, which would take half a minute.
         parent = Path(name).parent
         own = str(name)[0] in "./" or (parent != Path() and parent.is_dir())
@@ -518,7 +524,7 @@ def load_t5(name, device="cpu", dtype="float32"):
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != "t5":
             raise ValueError(f"it is no T5 but {kind}")
-        weights = {"use_safetensors": True, "dtype": getattr(torch, dtype)}
+        weights = {"use_safetensors": True, "dtype": dtype}
         t5 = T5ForConditionalGeneration.from_pretrained(name, **weights)
         tokenizer = AutoTokenizer.from_pretrained(name)
 
@@ -611,7 +617,7 @@ def write_beside(path, write):
     beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         write(beside)
-        with open(beside, "rb") as file:
+        with open(beside, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:

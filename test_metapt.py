@@ -212,6 +212,19 @@ def test_a_wrapped_t5_still_generates_as_before(model):
     assert torch.equal(*generated)
 
 
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_an_adapter_in_the_cross_attention_is_not_passed_by(tokenizer, part):
+    class Adapted(torch.nn.Linear):
+        def forward(self, inputs):
+            return 2 * super().forward(inputs)
+
+    t5 = make_t5(tokenizer)
+    getattr(t5.decoder.block[0].layer[1].EncDecAttention, part).__class__ = Adapted
+    model = PromptedT5(t5, tokenizer, SENTIMENT)
+    prompt, batch = model.init_prompt(3), model.encode(make_examples(4))
+    torch.testing.assert_close(model(prompt, batch), plain(model)(prompt, batch))
+
+
 def test_full_tuning_has_the_dropout_of_a_plain_t5(tokenizer):
     model = PromptedT5(make_t5(tokenizer, dropout_rate=0.5), tokenizer, SENTIMENT)
     prompt, batch = model.init_prompt(0), model.encode(make_examples(4))
@@ -279,8 +292,9 @@ def test_truncation_cuts_the_text_and_never_the_template(tokenizer):
     pair = PromptedT5(t5, tokenizer, Task("pair", "{a} ? {mask} {b}", ["yes", "no"]), 10)
     ids = pair.encode([{"a": "plot " * 9, "b": "music bad"}])["input_ids"][0]
     assert words(ids) == ["plot"] * 5 + ["?", "<extra_id_0>", "music", "bad", "</s>"]
-    with pytest.raises(InputError, match="template .* longer than 3"):
-        PromptedT5(t5, tokenizer, SENTIMENT, max_length=3).encode([{"text": "plot"}])
+    for text in ("plot", ""):
+        with pytest.raises(InputError, match="template .* longer than 3"):
+            PromptedT5(t5, tokenizer, SENTIMENT, max_length=3).encode([{"text": text}])
 
 
 def test_a_text_of_ten_thousand_words_warns_of_nothing(tokenizer, caplog):
@@ -325,6 +339,8 @@ def test_template_pieces_with_a_sentencepiece_tokenizer():
         ("{text} {mask} {mask}", ["bad", "good"]),
         ("{text {mask}", ["bad", "good"]),
         ("{} {mask}", ["bad", "good"]),
+        ("{text:.9} {mask}", ["bad", "good"]),
+        ("{text!r} {mask}", ["bad", "good"]),
         (data.TEMPLATE, ["bad"]),
         (data.TEMPLATE, ["bad", "bad"]),
     ],
@@ -338,6 +354,8 @@ def test_encode_refuses_a_label_without_a_word(tokenizer):
     model = PromptedT5(make_t5(tokenizer), tokenizer, SENTIMENT)
     with pytest.raises(InputError, match=r"labels \[0, 5\] are not all indices"):
         model.encode([{"text": "a", "label": 0}, {"text": "b", "label": 5}])
+    labels = model.encode([{"text": "a", "label": True}, {"text": "b", "label": True}])["labels"]
+    assert labels.tolist() == [1, 1] and labels.dtype == torch.long  # and no mask of rows
 
 
 class Transfers(TorchDispatchMode):
