@@ -1625,7 +1625,8 @@ def test_torchrun_shares_a_step_and_changes_nothing(world, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     two = [*torchrun, train_meta.__file__, *words, f"--out={tmp_path / 'two'}"]
-    subprocess.run(two, check=True, capture_output=True)
+    done = subprocess.run(two, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
     run(train_meta, out=tmp_path / "one", **flags)
     one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(one["prompt"], two["prompt"], atol=1e-6, rtol=0)
