@@ -413,7 +413,7 @@ def summed_loss(model, prompts, batches):
     depends on the others. Examples of about one length share a forward pass, whatever their task:
     padding is work that is thrown away. At t5-small's shape that takes a seventh off a step, and
     more where the T5 is smaller."""
-    batch = join(batches, model.tokenizer.pad_token_id)
+    batch = batches[0] if len(batches) == 1 else join(batches, model.tokenizer.pad_token_id)
     sizes = torch.tensor([len(one["labels"]) for one in batches])
     task = torch.arange(len(batches)).repeat_interleave(sizes)  # of each example
 

@@ -686,6 +686,14 @@ def test_a_balanced_split_draws_equally_from_unequal_classes():
         assert sorted(labels[rows]) == sorted([0, 1, 2, 3, 4] * 4)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.xz"])
+def test_examples_are_read_packed_or_not(tmp_path, suffix):
+    line = '{"text": "schön", "label": 2, "more": 1}\n'
+    path = pack(tmp_path / f"train.{suffix}", {"": line})
+    expected = {"text": "schön", "label": 2, "more": 1}
+    assert list(data.read_examples(path, SENTIMENT)) == [expected]
+
+
 def test_the_memory_of_a_task_does_not_grow_with_its_training_split(world, tmp_path):
     """Of a training split only the labels and the examples drawn are held."""
     import tracemalloc
@@ -1473,7 +1481,7 @@ def test_a_stop_at_the_end_of_a_run_ends_the_search_too(world, tmp_path, monkeyp
 
 def test_a_killed_run_continues_to_the_same_bytes(world, tmp_path):
     """SIGKILL at random moments, three times in one run."""
-    short = {"prompt_length": 3, "validation": 40, "max_steps": 20, "eval_every": 1}
+    short = {"prompt_length": 3, "validation": 40, "max_steps": 60, "eval_every": 2}
     flags = {"config": world / "maml.json", "patience": 99, **short}
     run(train_meta, out=tmp_path / "whole", **flags)
     rng, log = random.Random(0), tmp_path / "parts" / "log.jsonl"
@@ -1619,13 +1627,13 @@ def test_a_step_that_is_not_finite_names_its_examples(world, tmp_path, monkeypat
     assert load_prompt(tmp_path / "run")[0].isfinite().all()
 
 
-def test_torchrun_shares_a_step_and_changes_nothing(world, tmp_path):
-    flags = {"config": world / "maml.json", "prompt_length": 3, "validation": 40}
+@pytest.mark.parametrize("method", ["maml", "ppt"])
+def test_torchrun_shares_a_step_and_changes_nothing(world, tmp_path, method):
+    flags = {"config": world / f"{method}.json", "prompt_length": 3, "validation": 40}
     flags |= {"max_steps": 3, "eval_every": 3}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    two = [*torchrun, train_meta.__file__, *words, f"--out={tmp_path / 'two'}"]
-    done = subprocess.run(two, capture_output=True, text=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    python, *rest = command(train_meta, out=tmp_path / "two", **flags)
+    done = subprocess.run([python, *torchrun, *rest], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     run(train_meta, out=tmp_path / "one", **flags)
     one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))
@@ -2588,7 +2596,6 @@ GOOD_INPUTS = [
     (read_t5, "t5/generation_config.json", b"{}"),
     (read_clusters, "s.jsonl", one_cluster * 9),
     (read_examples, "s.jsonl", FINE),
-    (read_examples, "s.jsonl.xz", packed("", FINE.decode())),
     (sst5, "train.txt", b"\xef\xbb\xbf(3 (2 It) (4 works))\r\n"),
     (amazon2, "a.csv", b'\xef\xbb\xbf"1","x"\r\n'),
     (sst2, "train.tsv", b"\xef\xbb\xbfsentence\tlabel\nx\t1\n"),
@@ -2616,6 +2623,10 @@ OUT = GOOD + " --out x"
 BOOKS = "--task {demo}/books --model {demo}/t5"
 BAD_FLAGS = [
     (train_meta, OUT + " --learning-rate -1", "--learning-rate: -1 is not a nu"),
+    (train_meta, OUT + " --learning-rate 0", "--learning-rate: 0 is not a numb"),
+    (train_meta, OUT + " --prompt-length -5", "--prompt-length: -5 is not a wh"),
+    (train_meta, OUT + " --prompt-length 0", "--prompt-length: 0 is not a whol"),
+    (train_meta, OUT + " --seed -1", "--seed: -1 is not a whole number of 0"),
     (train_meta, OUT + " --alpha nan", "--alpha: nan is not a number above 0"),
     (train_meta, OUT + " --alpha inf", "--alpha: inf is not a number above 0"),
     (train_meta, OUT + " --batch-size 0", "--batch-size: 0 is not a whole num"),
