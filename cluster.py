@@ -147,11 +147,15 @@ def embed(texts, path, encoder, device, size=20_000):
     Raises InputError."""
     if not path.exists():
         with blame(encoder, "give a sentence-transformers model by hub name or folder", Exception):
-            weights = {"use_safetensors": True}
+            weights = {"use_safetensors": True, "dtype": torch.float32}
             model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
 
         partial, width = path.with_suffix(".rows"), model.get_embedding_dimension()
-        embed_blocks(model, texts, partial, width, device, size)
+        try:
+            embed_blocks(model, texts, partial, width, device, size)
+        except InputError as error:
+            partial.unlink()
+            raise InputError(f"{encoder}: {error}; give another --encoder")
         with blame(partial, "remove it and give the same command again"):
             embeddings = np.memmap(partial, np.float32, "r", shape=(len(texts), width))
         write_beside(path, lambda beside: write_array(beside, embeddings))
@@ -177,6 +181,9 @@ def embed_blocks(model, texts, path, width, device, size):
             for start in range(done, len(texts), size):
                 block = texts[start : start + size]
                 rows = model.encode(block, show_progress_bar=sys.stderr.isatty(), **how)
+                bad = np.flatnonzero(~np.isfinite(rows).all(1))
+                if len(bad):
+                    raise InputError(f"the embedding of {block[bad[0]][:60]!r} is not finite")
                 file.seek(4 * width * start)
                 file.write(rows.astype(np.float32).tobytes())
                 file.flush()
@@ -269,12 +276,12 @@ def make_meta_tasks(args):
             clusters = labels
 
         kept = check_sizes(source, clusters, args.min_size, args.drop_small)
+        write_clusters(out, source, task, examples, clusters, kept)
+        data.save_arguments(out.with_suffix(".json"), args)
         telling = telling_words(counts, clusters, words)
         describe(task, texts, labels, clusters, distances, telling)
         shown = {name: telling[name] for name in np.unique(clusters[kept]).tolist()}
         panels.append((f"{args.method}, {len(shown)} clusters", clusters, shown))
-        write_clusters(out, source, task, examples, clusters, kept)
-        data.save_arguments(out.with_suffix(".json"), args)
         print(f"wrote {out}: {kept.sum():,} examples in {len(shown)} clusters")
 
     if args.figure:

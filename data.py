@@ -34,6 +34,7 @@ import datetime
 import fnmatch
 import gzip
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -48,6 +49,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
@@ -65,6 +67,14 @@ HELP = SCRIPT and not {"-h", "--help"}.isdisjoint(sys.argv)
 if SCRIPT and not HELP and sys.stderr.isatty():
     print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
 
+# A folder beside the scripts, as --out peft/mine makes one, is an empty package to Python, and
+# would be taken for the library of its name where that is not installed.
+for beside in Path(__file__).parent.iterdir():
+    if beside.is_dir() and beside.name.isidentifier():
+        found = importlib.util.find_spec(beside.name)
+        if found and found.origin is None:
+            sys.modules[beside.name] = None
+
 if not HELP:
     import torch
     import transformers
@@ -80,9 +90,7 @@ if not HELP:
 
     from metapt import NEW_WORD, Diverged, InputError, PromptedT5, Task, best_of, blame
     from metapt import first_line, linear_schedule, out_of_patience, parse_json, read_json
-    from metapt import write_beside, write_json
-
-    transformers_logging.disable_progress_bar()  # the scripts have their own
+    from metapt import check_complete, write_beside, write_json
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 MAX_LENGTH = 256  # tokens of H(x); the paper names none
@@ -138,10 +146,10 @@ def numbered_lines(path):
 
 
 def read_examples(path, task, labelled=True):
-    """Yields the examples of a .jsonl file, or of a .txt file with a text on each line; .gz and .xz
+    """Yields the examples of a .jsonl file, or of any other with a text on each line; .gz and .xz
     too. Every field of the task's template must be there and, where `labelled`, a label that is an
     index into its words. Raises InputError with the file and the line."""
-    plain = unpacked_name(path).endswith(".txt")
+    plain = is_plain(path)
     form = json.dumps({**dict.fromkeys(task.fields, "..."), "label": 0})
     number = 0
     with blame(lambda: f"{path}:{number}", f"write examples, as {form}"):
@@ -151,6 +159,15 @@ def read_examples(path, task, labelled=True):
             example = {"text": line.strip()} if plain else parse_json(line)
             check_example(example, task, labelled)
             yield example
+
+
+def is_plain(path):
+    """Whether a file holds a text on each line, and not JSON. Raises InputError for a table."""
+    kind = Path(unpacked_name(path)).suffix.lower()
+    if kind in (".csv", ".tsv"):
+        mend = "write JSON lines, or a text on each line of a .txt"
+        raise InputError(f"{path}: it is a table, whose columns we do not know; {mend}")
+    return kind not in (".jsonl", ".json")
 
 
 def unpacked_name(path):
@@ -307,15 +324,16 @@ def read_sentihood(path):
 
 
 def read_semeval(path):
-    """SemEval-2016 task 5, subtask 1: XML with opinions in each sentence. A sentence is kept where
-    they all agree."""
+    """SemEval-2016 task 5, subtask 1: XML with opinions in each sentence. 2015's has that form too,
+    2014's has them as aspect terms. A sentence is kept where they all agree."""
     with blame(path, "give the XML of SemEval-2016 task 5", ElementTree.ParseError, *BROKEN):
         # From bytes, so that the XML names its own encoding.
         root = ElementTree.fromstring(open_packed(path).read())
 
     for sentence in root.iter("sentence"):
         text = (sentence.findtext("text") or "").strip()
-        opinions = [opinion.get("polarity") for opinion in sentence.iter("Opinion")]
+        opinions = [*sentence.iter("Opinion"), *sentence.iter("aspectTerm")]
+        opinions = [opinion.get("polarity") for opinion in opinions]
         if sentence.get("OutOfScope", "").lower() == "true":
             yield text, "out of scope"
         else:
@@ -326,28 +344,30 @@ def agreed(opinions, labels):
     """The label of a sentence whose opinions are all the same; otherwise why it is dropped."""
     if not opinions:
         return "no opinion"
-    for opinion in opinions:
-        if opinion not in labels:
-            return f"unknown opinion {opinion!r}"
-    if len(set(opinions)) > 1:
+    if len(set(opinions)) > 1 or "conflict" in opinions:  # as 2014 calls mixed ones
         return "mixed opinions"
-    return labels[opinions[0]]
+    return labels.get(opinions[0], f"unknown opinion {opinions[0]!r}")
 
 
-# Appendix C: task -> classes, reader, and how the official file of each split may be called.
-TREES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
-GLUE = {"train": "train.txt train.tsv", "validation": "dev.txt", "test": "test.txt dev.tsv"}
-ZHANG = {"train": "train.csv", "test": "test.csv"}
-SENTIHOOD = {"train": "*train*.json", "validation": "*dev*.json", "test": "*test*.json"}
-# Of several names the last that fits: SB1 has a sentence's opinions, SB2 a whole review's, and
-# there are other languages than English.
+# Appendix C: task -> classes, reader, and how the file of each split may be called, whatever its
+# case: the best first, and of several that fit the first that has labels. Some tests are published
+# without. Of SemEval's files SB1 has a sentence's opinions, SB2 a whole review's, and there are
+# other languages than English.
+TREES = {"train": ["train.txt"], "validation": ["dev.txt"], "test": ["test.txt"]}
+GLUE = {
+    "train": ["train.txt", "train.tsv"],
+    "test": ["test.txt", "test.tsv", "dev.tsv"],
+    "validation": ["dev.txt", "dev.tsv"],
+}
+ZHANG = {"train": ["train.csv"], "test": ["test.csv"]}
+SENTIHOOD = {"train": ["*train*.json"], "validation": ["*dev*.json"], "test": ["*test*.json"]}
 RESTAURANTS = {
-    "train": "*Rest*Train*.xml *Rest*Train*SB1*.xml",
-    "test": "*REST*TEST*.gold EN_REST_SB1*.gold",
+    "train": ["*rest*train*sb1*", "*rest*train*.xml"],
+    "test": ["en_rest_sb1*test*", "*rest*sb1*test*", "*rest*test*"],
 }
 LAPTOPS = {
-    "train": "*Lap*Train*.xml *Lap*Train*SB1*.xml",
-    "test": "*LAPT*TEST*.gold EN_LAPT_SB1*.gold",
+    "train": ["*lap*train*sb1*", "*lap*train*.xml"],
+    "test": ["en_lap*sb1*test*", "*lap*sb1*test*", "*lap*test*"],
 }
 DATASETS = {
     "sst5": (5, partial(read_sst, classes=5), TREES),
@@ -364,12 +384,12 @@ DATASETS = {
 # - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files
 
 
-def find_splits(source, patterns):
-    """The official file of each split in a folder, a .zip or a tar; a file of another name is the
-    training split. Raises InputError."""
+def find_splits(source, reader, patterns):
+    """The file of each split in a folder, a .zip or a tar, and the files that are none; a file of
+    another name is the training split. Raises InputError."""
     with blame(source, "give the official file again", *BROKEN):
         if source.is_dir():
-            files = list(source.iterdir())
+            files = [file for file in source.rglob("*") if file.is_file()]
         elif zipfile.is_zipfile(source):
             names = zipfile.ZipFile(source).namelist()
             files = [source / name for name in names if not name.endswith("/")]
@@ -384,16 +404,28 @@ def find_splits(source, patterns):
 
     found = {}
     for split, names in patterns.items():
-        for name in names.split():
-            fitting = [f for f in files if fnmatch.fnmatchcase(unpacked_name(f), name)]
-            if fitting:
-                found[split] = fitting[0]
+        fitting = {}
+        for name in names:
+            like = lambda file: fnmatch.fnmatchcase(unpacked_name(file).lower(), name)
+            fitting |= dict.fromkeys(filter(like, files))
+        fitting = [file for file in fitting if file not in found.values()]
+        labelled = [file for file in fitting if len(files) == 1 or has_labels(reader, file)]
+        if labelled or fitting and split == "train":  # whose reader says what is wrong with it
+            found[split] = [*labelled, *fitting][0]
 
     if not found and files == [source]:
-        return {"train": source}
+        return {"train": source}, []
     if "train" not in found:
-        raise InputError(f"{source}: no training file here; looked for {patterns['train']}")
-    return found
+        looked_for = " or ".join(patterns["train"])
+        raise InputError(f"{source}: no training file here; looked for {looked_for}")
+    return found, [file for file in files if file not in found.values()]
+
+
+def has_labels(reader, path):
+    """Whether a dataset's file, as far as its reader understands it, has a labelled text."""
+    with contextlib.suppress(InputError):
+        return any(type(label) is int for _, label in reader(path))
+    return False
 
 
 def convert(name, source, out, test_share=0.0):
@@ -402,7 +434,7 @@ def convert(name, source, out, test_share=0.0):
     there is no test file, a share of the training examples can be drawn for it."""
     classes, reader, patterns = DATASETS[name]
     source, out = Path(source), Path(out)
-    files = find_splits(source, patterns)
+    files, unused = find_splits(source, reader, patterns)
     counts = {split: collections.Counter() for split in files}  # of labels, of reasons to drop
 
     def examples(split):
@@ -418,7 +450,8 @@ def convert(name, source, out, test_share=0.0):
 
         if not any(type(label) is int for label in counts[split]):
             raise InputError(
-                f"{files[split]}: no labelled text for {split} here; give the official {name}"
+                f"{files[split]}: no labelled text for {split} here, but {dropped(counts[split])}; "
+                f"give the official {name}"
             )
 
     splits = {split: examples(split) for split in files}
@@ -435,6 +468,9 @@ def convert(name, source, out, test_share=0.0):
         (out / f"{split}.jsonl").unlink(missing_ok=True)
 
     print_counts(name, files, counts, WORDS[classes])
+    if unused:
+        names = ", ".join(str(file.relative_to(source)) for file in unused)
+        print(f"not used, by their names or for want of labels: {names}")
     print(f"wrote {out}: task.json and {', '.join(f'{split}.jsonl' for split in splits)}")
     if "test" not in splits:
         print(
@@ -451,8 +487,12 @@ def print_counts(name, files, counts, words):
 
     for split, path in files.items():
         kept = [f"{counts[split].pop(i, 0):,} {word}" for i, word in enumerate(words)]
-        dropped = [f"{count:,} ({why})" for why, count in counts[split].items()] or ["none"]
-        print(f"{path}: for {split} kept {', '.join(kept)}; dropped {', '.join(dropped)}")
+        print(f"{path}: for {split} kept {', '.join(kept)}; dropped {dropped(counts[split])}")
+
+
+def dropped(counts):
+    """The counts of what was dropped and why, as text."""
+    return ", ".join(f"{count:,} ({why})" for why, count in counts.items()) or "none"
 
 
 # ------------------------------------------- Pseudo-labels (Section 4.1): a labeller, then a corpus
@@ -556,15 +596,37 @@ def read_corpus(paths, unit, share=1.0):
 
 
 def read_documents(path):
-    """Yields the documents of one corpus file; None stands for no text. Raises InputError."""
+    """Yields the documents of one corpus file; None stands for no text, an empty document, say, or
+    one that is no UTF-8. Raises InputError where the file is broken or has no text at all."""
     # A TypeError comes from tarfile, where a gzip header is cut off.
     with blame(path, "give the whole file", TypeError, *BROKEN):
         if tarfile.is_tarfile(path):
             with open(path, "rb") as file:
                 yield from read_tar(file)
         else:
-            for example in read_examples(path, Task("corpus", TEMPLATE, WORDS[2]), labelled=False):
-                yield example["text"]
+            found = count = 0
+            with open_packed(path) as file:
+                for line in file:
+                    document = text_in(line, is_plain(path))
+                    count += 1
+                    found += document is not None
+                    if not found and count == 1000:
+                        break
+                    yield document
+
+            if not found:
+                raise ValueError("no line of it is text, or an object with one as its 'text'")
+
+
+def text_in(content, plain):
+    """The text in a line or a document of a corpus; None where there is none."""
+    with contextlib.suppress(ValueError):
+        value = content.decode("utf-8-sig")
+        if not plain:
+            value = parse_json(value)
+            value = value.get("text") if isinstance(value, dict) else None
+        if isinstance(value, str) and value.strip() and "\0" not in value:
+            return value
 
 
 class Header(tarfile.TarInfo):
@@ -595,10 +657,7 @@ def read_tar(file):
             elif not member.name.endswith(".txt"):
                 yield None
             else:
-                try:
-                    yield tar.extractfile(member).read().decode("utf-8")
-                except UnicodeDecodeError:
-                    yield None
+                yield text_in(tar.extractfile(member).read(), plain=True)
 
 
 # - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: files, continuing, processes
@@ -606,12 +665,17 @@ def read_tar(file):
 BLOCK = 2048  # texts of the corpus that are labelled, and kept in a file, together
 
 
-def load_classifier(name, device, **arguments):
-    """A sequence classifier by hub name or folder, and its tokenizer. Reads safetensors only.
-    Raises InputError."""
+def load_classifier(name, device, is_base=False, **arguments):
+    """A sequence classifier by hub name or folder, and its tokenizer; one that is to be trained,
+    a base, may lack its head. Reads safetensors only. Raises InputError."""
     with blame(name, "give a sequence classifier by hub name or folder", Exception):
-        arguments["use_safetensors"] = True
-        model = AutoModelForSequenceClassification.from_pretrained(name, **arguments)
+        arguments |= {"use_safetensors": True, "output_loading_info": True}
+        arguments["ignore_mismatched_sizes"] = is_base
+        model, found = AutoModelForSequenceClassification.from_pretrained(name, **arguments)
+        body = f"{model.base_model_prefix}."
+        # What pools a base's states is trained with its head.
+        is_head = lambda key: is_base and (not key.startswith(body) or "pooler" in key)
+        check_complete(found, is_head)
         tokenizer = AutoTokenizer.from_pretrained(name)
     return model.to(device).eval(), tokenizer
 
@@ -670,9 +734,9 @@ def train_labeller(args):
         raise InputError(f"{out}: a labeller stands there already; {mend}")
 
     torch.manual_seed(args.seed)  # of the classifier's new layer too
-    shape = {"num_labels": len(task.words), "ignore_mismatched_sizes": True}
     # A checkpoint may be in half precision, in which AdamW's small steps are lost.
-    model, tokenizer = load_classifier(args.model, args.device, dtype=torch.float32, **shape)
+    how = {"num_labels": len(task.words), "dtype": torch.float32}
+    model, tokenizer = load_classifier(args.model, args.device, is_base=True, **how)
     tokenize = in_batches(model, tokenizer, args.max_length)
     training = in_pairs(training, task)
     texts, truths = zip(*in_pairs(validation, task))
@@ -1600,9 +1664,20 @@ def try_place(path):
         pass
 
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def rank_and_world():
-    """This process's number and how many processes torchrun started; 0 and 1 without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number and how many processes torchrun started; 0 and 1 without it. Clusters
+    set some of its variables too: only all of them count. Raises InputError."""
+    if any(name not in os.environ for name in TORCHRUN):
+        return 0, 1
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except ValueError:
+        raise InputError(
+            "RANK and WORLD_SIZE must be numbers; start it with torchrun, or unset them"
+        )
 
 
 def fill(args, settings):
@@ -1730,10 +1805,13 @@ def digest(path):
 
 
 def fingerprint(t5):
-    """The first 16 digits of the SHA-256 of a T5's embedding table, which tells it from another T5
-    that was in the same folder: every pre-training changes it. Of any --dtype the same."""
-    table = t5.get_input_embeddings().weight.detach().to("cpu", torch.bfloat16)
-    return hashlib.sha256(table.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    """The first 16 digits of the SHA-256 of a T5's weights, which tells it from another T5 that was
+    in the same folder. Of any --dtype the same."""
+    hashed = hashlib.sha256()
+    for _, weights in sorted(t5.named_parameters()):
+        weights = weights.detach().to("cpu", torch.bfloat16).contiguous()
+        hashed.update(weights.view(torch.int16).numpy())
+    return hashed.hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -1741,6 +1819,8 @@ def stop_signal():
     """Within `with stop_signal() as stop`, Ctrl-C and SIGTERM only make `stop` true: the loop ends
     its step first. Where it did not act on one, that comes through at the end."""
     stop, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()  # as in a notebook or a server, where signals are not ours to handle
     handle = lambda number, frame: stop.append(number)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
@@ -1756,7 +1836,16 @@ def stop_signal():
 def run(main):
     """Runs a script's main; bad input ends in one line on standard error and exit status 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no work is lost to a console that has no such letter
+            stream.reconfigure(errors="replace")
+    if not HELP:  # the scripts have their own bars, and errors of one line
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
     try:
+        if rank_and_world() == (0, 1) and not {"RANK", "WORLD_SIZE"}.isdisjoint(os.environ):
+            message = "RANK or WORLD_SIZE is set, but not by torchrun: this is the only process"
+            print(message, file=sys.stderr)
         main()
         sys.stdout.flush()
     except SystemExit:  # after --help, for one, where InputError is not imported

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
 
 import contextlib
 import copy
-import fcntl
 import hashlib
 import itertools
 import json
@@ -32,6 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 import data
@@ -248,8 +248,7 @@ def read_prompts(args, t5):
 
 def notice_another_t5(prompt, facts, name, fingerprint):
     """Says so where a prompt is used with another T5 than it was learned with."""
-    base = facts["base_model"]
-    known = facts.get("digests", {}).get(base)
+    base, known = facts["base_model"], facts.get("fingerprint")
     same = known == fingerprint if known else base in (None, name)
     if not same:
         now = name if name != base else "another T5 that is there now"
@@ -304,7 +303,7 @@ def load_task(folder, t5, tokenizer, args):
     print_test(model.task, test)
     test.sort(key=lambda example: len(data.text_of(example, model.task)))
     made = data.provenance(args.device, *paths)
-    made["digests"][args.model] = data.fingerprint(t5)
+    made["digests"][args.model] = made["fingerprint"] = data.fingerprint(t5)
     return {"model": model, "splits": splits, "test": list(data.encoded(model, test)), "made": made}
 
 
@@ -491,12 +490,14 @@ def predict(args):
     model = PromptedT5(t5, tokenizer, task, args.max_length)
     prompt = load_prompt(args.prompt[0], t5.config.d_model)[0].to(model.device)
     examples = list(data.read_examples(args.predict, task, labelled=False))
-    blank = sum(1 for _, line in data.numbered_lines(args.predict) if not line.strip())
     if not examples:
         raise InputError(f"{args.predict}: no text to label; give one on each line")
-    if blank:
-        notice(f"{args.predict}: blank lines, which get no label: {blank}")
+    if Path(args.predict).is_file():  # and no pipe, which can be read once
+        blank = sum(1 for _, line in data.numbered_lines(args.predict) if not line.strip())
+        if blank:
+            notice(f"{args.predict}: blank lines, which get no label: {blank}")
 
+    has_gold = keep_gold(examples, task, args.predict)
     label(model, prompt, examples)
     if args.out:
         data.write_examples(args.out, examples)
@@ -506,6 +507,30 @@ def predict(args):
     else:
         for example in examples:
             print(json.dumps(example, ensure_ascii=False))
+
+    if has_gold:
+        print(scored(examples, task), file=sys.stdout if args.out else sys.stderr)
+
+
+def keep_gold(examples, task, path):
+    """Calls the labels of examples "gold", where all have one; returns whether they have. Raises
+    InputError for a label that the task has not."""
+    has_gold = all("label" in example for example in examples)
+    for number, example in enumerate(examples, 1):
+        if has_gold:
+            with blame(f"{path}: text {number}", "mend it, or leave out all labels"):
+                data.check_example(example, task)
+            example["gold"] = example["label"]
+    return has_gold
+
+
+def scored(examples, task):
+    """How well the labels agree with the gold ones, as text."""
+    confusion = np.zeros((len(task.words), len(task.words)), dtype=int)
+    for example in examples:
+        confusion[example["gold"], example["label"]] += 1
+    accuracy, f1 = confusion.trace() / len(examples), macro_f1(confusion)
+    return f"accuracy {accuracy:.1%}, macro-F1 {100 * f1:.1f}, of {len(examples):,} labelled texts"
 
 
 def label(model, prompt, examples, size=64):
@@ -586,8 +611,7 @@ def add_result(path, row, again=False):
     then stands there. A run that another process has added meanwhile is not added twice, unless it
     is to be made `again`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:  # freed with the process
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # freed with the process
         results = read_results(path)
         if again or identity(row) not in results:
             results.pop(identity(row), None)

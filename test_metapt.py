@@ -43,7 +43,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 from transformers import T5Config, T5ForConditionalGeneration
@@ -108,6 +109,12 @@ def make_tasks(model, sizes=((3, 4), (2, 2), (4, 1))):
         supports.append(model.encode(make_examples(m, i, domain)))
         queries.append(model.encode(make_examples(n, 9 + i, domain)))
     return supports, queries
+
+
+def torchrun(rank, world):
+    """The environment that torchrun gives to a process."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": 1}
+    return {**{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "localhost"}
 
 
 def read_lines(path):
@@ -318,8 +325,66 @@ def make_unigram_tokenizer():
     steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    mask = ["<extra_id_0>"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=mask, **names)
+    tokenizer.decoder = decoders.Metaspace()
+    more = ["<extra_id_0>", "<sep>"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=more, **names)
+
+
+def make_byte_level_tokenizer():
+    """A tokenizer that reads the space before a word, as GPT-2's does."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"special_tokens": ["<pad>", "</s>", "<unk>"], "initial_alphabet": alphabet}
+    texts = ["x bad", "x good", "the plot"] * 9
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**special, show_progress=False))
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    more = ["<extra_id_0>", "<sep>"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=more, **names)
+
+
+TEMPLATES = [
+    "{text} It was {mask}",
+    "{text} It was {mask}.",
+    "{text}It was{mask}",
+    "{mask}: {text}",
+]
+TEMPLATES += ["({text}) [{mask}]", "{text}\nIt was\n{mask}\n!", "{text} <sep> {mask} <sep>"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_ids_of_a_byte_level_tokenizer_spell_h_of_x(template):
+    tokenizer = make_byte_level_tokenizer()
+    model = PromptedT5(make_t5(tokenizer), tokenizer, Task("x", template, ["bad", "good"]))
+    assert tokenizer.convert_ids_to_tokens(model.word_ids) == ["Ġbad", "Ġgood"]
+    for text in ("the plot was dull .", " dull. Or not? ", "café's </s> <extra_id_0>"):
+        (ids,) = model.encode([{"text": text}])["input_ids"]
+        text = re.sub("</s>|<extra_id_0>", "", text.strip())  # in a text they are no tokens
+        wanted = template.format(text=text, mask="<extra_id_0>").replace(" <extra", "<extra")
+        assert tokenizer.decode(ids[:-1]) == wanted and ids[-1] == tokenizer.eos_token_id
+
+
+UNIGRAM = (
+    "{text} It was {mask}|{text}. It was {mask}.|{mask}. {text}|{text}.{mask}|{text} <sep> {mask}"
+)
+
+
+@pytest.mark.parametrize("template", UNIGRAM.split("|"))
+def test_the_ids_of_a_unigram_tokenizer_spell_h_of_x(template):
+    tokenizer = make_unigram_tokenizer()
+    model = PromptedT5(make_t5(tokenizer), tokenizer, Task("x", template, ["bad", "good"]))
+    (ids,) = model.encode([{"text": " plot\n</s> bad <extra_id_0> . "}])["input_ids"]
+    wanted = template.format(text="plot bad .", mask="<extra_id_0>")
+    wanted = wanted.replace(" <", "<")  # no piece stands for such a space
+    assert tokenizer.decode(ids[:-1]) == wanted
+
+
+def test_a_tokenizer_that_loses_a_templates_spaces_is_refused(tokenizer):
+    with pytest.raises(InputError, match="reads .*it was<extra_id_0>.' as .*it was<extra_id_0> .'"):
+        PromptedT5(
+            make_t5(tokenizer), tokenizer, Task("x", "{text} It was {mask}.", ["bad", "good"])
+        )
 
 
 def test_template_pieces_with_a_sentencepiece_tokenizer():
@@ -540,10 +605,10 @@ def test_ppt_gradient_is_that_of_the_mean_loss_and_can_be_shared(model, monkeypa
     args = argparse.Namespace(method="ppt", batch_size=4, seed=1)
     P, batch = prompt.clone().requires_grad_(), train_meta.draw_batch(examples, 4, 1, step=0)
     (expected,) = torch.autograd.grad(model.loss(P, model.encode(batch)), P)
-    monkeypatch.setenv("WORLD_SIZE", "5")
     total = 0
-    for rank in "01234":  # the last gets no example
-        monkeypatch.setenv("RANK", rank)
+    for rank in range(5):  # the last gets no example
+        for name, value in torchrun(rank, 5).items():
+            monkeypatch.setenv(name, value)
         drawn = train_meta.draw_encoded(args, model, [examples], 0)
         total = total + train_meta.gradient_of(args, model, prompt, drawn)[0]
     torch.testing.assert_close(total, expected)
@@ -642,6 +707,61 @@ def test_a_model_that_is_no_t5_is_refused(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     with pytest.raises(InputError, match="demo/t6: no such folder"):
         metapt.load_t5("demo/t6")  # without asking the hub
+
+
+def test_weights_that_are_missing_or_left_over_are_not_made_up(tmp_path, tokenizer, labeller):
+    t5, shared = make_t5(tokenizer), "shared.weight"
+    tokenizer.save_pretrained(tmp_path / "t5")
+    for name, expected in {
+        "encoder": "missing weights: decoder.block.0.layer.0.SelfAttention.k.weight, 28 in all",
+        "odd": "unexpected weights: odd.weight, 1 in all",
+        "good": None,
+    }.items():
+        t5.save_pretrained(tmp_path / "t5")
+        weights = load_file(tmp_path / "t5" / "model.safetensors")
+        if name == "encoder":
+            weights = {k: v for k, v in weights.items() if not k.startswith("decoder.")}
+        elif name == "odd":
+            weights["odd.weight"] = torch.zeros(1)
+        else:  # what older checkpoints of T5 hold twice, or do not need
+            weights["encoder.embed_tokens.weight"] = weights[shared].clone()
+        save_file(weights, tmp_path / "t5" / "model.safetensors", {"format": "pt"})
+        if expected:
+            with pytest.raises(InputError, match=expected):
+                metapt.load_t5(tmp_path / "t5")
+    loaded, _ = metapt.load_t5(tmp_path / "t5")
+    assert data.fingerprint(loaded) == data.fingerprint(t5)
+    with torch.no_grad():
+        loaded.decoder.block[1].layer[2].DenseReluDense.wo.weight[0, 0] += 1
+    assert data.fingerprint(loaded) != data.fingerprint(t5)
+
+    with pytest.raises(InputError, match="missing weights: classifier.dense.bias, 4 in all"):
+        data.load_classifier(labeller.parent / "roberta", "cpu")
+    data.load_classifier(labeller.parent / "roberta", "cpu", is_base=True, num_labels=3)
+    shutil.copytree(labeller.parent / "roberta", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["roberta.encoder.layer.0.output.dense.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="missing weights: roberta.encoder.layer.0.output.dense"):
+        data.load_classifier(tmp_path / "base", "cpu", is_base=True, num_labels=3)
+
+
+def test_a_prompt_of_another_length_than_it_says_is_refused(tmp_path, tokenizer):
+    save_prompt(tmp_path, torch.zeros(16, 16), make_t5(tokenizer))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"num_virtual_tokens": 16', '"num_virtual_tokens": 8'))
+    with pytest.raises(InputError, match="says 8 vectors, and 16 are there"):
+        load_prompt(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(InputError, match="safe_serialization=True: no pickle is read"):
+        load_prompt(tmp_path)
+
+
+def test_a_t5_in_a_folder_is_found_from_any_other(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    t5, _ = metapt.load_t5("t5")
+    save_prompt(tmp_path, torch.zeros(3, 64), t5)
+    assert load_prompt(tmp_path)[1]["base_model"] == str(world / "t5")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -760,23 +880,69 @@ def test_read_sst2_of_glue(tmp_path):
     }
     path = pack(tmp_path / "SST-2.zip", files)
     splits = {"train": path / "SST-2/train.tsv", "test": path / "SST-2/dev.tsv"}
-    assert data.find_splits(path, data.GLUE) == splits
+    unused = [path / "SST-2/test.tsv"]
+    assert data.find_splits(path, data.read_sst2, data.GLUE) == (splits, unused)
     assert list(data.read_sst2(splits["train"])) == [('a "quote', 1), ("fine", 0)]
     with pytest.raises(InputError, match="test.tsv:1: not GLUE"):
         list(data.read_sst2(path / "SST-2/test.tsv"))
 
 
-def test_the_official_file_is_found_among_its_kin(tmp_path):
+def test_a_labelled_test_file_is_the_test(tmp_path, capsys):
+    lines = "sentence\tlabel\nfine\t1\n"
+    for name in ("train", "dev", "test"):
+        put(tmp_path / "glue" / f"{name}.tsv", lines.replace("fine", name).encode())
+    run(data, "convert", "sst2", input=tmp_path / "glue", out=tmp_path / "task")
+    for split, text in {"train": "train", "validation": "dev", "test": "test"}.items():
+        assert read_lines(tmp_path / "task" / f"{split}.jsonl") == [{"text": text, "label": 1}]
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_the_official_file_is_found_among_its_kin(tmp_path, capsys):
+    some, none = SEMEVAL.format(encoding="UTF-8"), re.sub("<Opinion .*?/>", "", SEMEVAL)
     names = ["EN_REST_SB2_TEST.xml.gold", "DU_REST_SB1_TEST.xml.gold", "EN_REST_SB1_TEST.xml.gold"]
     names += ["ABSA16_Restaurants_Train_SB1_v2.xml", "ABSA16_Restaurants_Train_English_SB2.xml"]
-    path = pack(tmp_path / "semeval.zip", dict.fromkeys(names, ""))
-    assert data.find_splits(path, data.RESTAURANTS) == {
-        "train": path / "ABSA16_Restaurants_Train_SB1_v2.xml",
-        "test": path / "EN_REST_SB1_TEST.xml.gold",
-    }
-    names = ["._sentihood-train.json", "sentihood-train.json"]  # as macOS packs it
-    path = pack(tmp_path / "sentihood.tgz", dict.fromkeys(names, ""))
-    assert data.find_splits(path, data.SENTIHOOD) == {"train": path / "sentihood-train.json"}
+    files = {**dict.fromkeys(names, some), "EN_REST_SB1_TEST.xml": none.format(encoding="UTF-8")}
+    find = lambda path: data.find_splits(path, data.read_semeval, data.RESTAURANTS)
+    path = pack(tmp_path / "semeval.zip", files)
+    train, test = path / "ABSA16_Restaurants_Train_SB1_v2.xml", path / "EN_REST_SB1_TEST.xml.gold"
+    assert find(path)[0] == {"train": train, "test": test} and len(find(path)[1]) == 4
+    del files["EN_REST_SB1_TEST.xml.gold"], files["DU_REST_SB1_TEST.xml.gold"]
+    del files["EN_REST_SB2_TEST.xml.gold"]
+    for name in ("EN_REST_SB1_TEST_gold.xml", "ABSA16/Restaurants_Test_Gold.xml"):
+        path = pack(tmp_path / "other.zip", {**files, name: some})
+        assert find(path)[0]["test"] == path / name
+    path = pack(tmp_path / "without.zip", files)
+    run(data, "convert", "semeval_restaurant", input=path, out=tmp_path / "task")
+    printed = capsys.readouterr().out
+    assert "not used, by their names or for want of labels: ABSA16_Restaurants_Train_E" in printed
+    assert "EN_REST_SB1_TEST.xml\n" in printed and "no test file was there" in printed
+
+    names = ["._sentihood-train.json", "deep/sentihood-train.json"]  # as macOS packs it
+    files = dict.fromkeys(names, "")
+    splits = {"train": tmp_path / "hood" / "deep/sentihood-train.json"}
+    (tmp_path / "hood" / "deep").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "hood" / name).write_text("")
+    found = data.find_splits(tmp_path / "hood", data.read_sentihood, data.SENTIHOOD)
+    assert found == (splits, [])
+    path = pack(tmp_path / "sentihood.tgz", files)
+    found = data.find_splits(path, data.read_sentihood, data.SENTIHOOD)
+    assert found == ({"train": path / "deep/sentihood-train.json"}, [])
+
+
+def test_semeval_of_2014_and_a_file_without_opinions(tmp_path, capsys):
+    terms = ["positive", "positive conflict", "negative", "positive neutral", ""]
+    sentences = ""
+    for i, polarities in enumerate(terms):
+        aspects = "".join(f'<aspectTerm term="x" polarity="{p}"/>' for p in polarities.split())
+        sentences += f"<sentence><text>{i}</text><aspectTerms>{aspects}</aspectTerms></sentence>"
+    path = put(tmp_path / "Laptop_Train_v2.xml", f"<sentences>{sentences}</sentences>".encode())
+    mixed = "mixed opinions"
+    expected = [("0", 2), ("1", mixed), ("2", 0), ("3", mixed), ("4", "no opinion")]
+    assert list(data.read_semeval(path)) == expected
+    path.write_text("<Reviews><Review><sentence><text>a</text></sentence></Review></Reviews>")
+    with pytest.raises(InputError, match="no labelled text for train here, but 1 .no opinion.;"):
+        run(data, "convert", "semeval_laptop", input=tmp_path, out=tmp_path / "task")
 
 
 ZHANG_TRAPS = [  # a line of the official CSV, and the text that was written
@@ -916,6 +1082,30 @@ def test_read_corpus(tmp_path):
     more = tmp_path / "more.jsonl"
     more.write_text('{"text": "a\\nb"}\n{"text": "c"}\n', encoding="utf-8")
     assert list(data.read_corpus([more] * 2, "paragraph")) == ["a", "b", "c"] * 2
+    bad = [
+        b"{",
+        b"[]",
+        b'{"text": ""}',
+        b'{"text": 3}',
+        b'{"text": "a\\u0000"}',
+        b"\xff",
+        b"",
+        b"3",
+    ]
+    put(tmp_path / "bad.jsonl", b'{"text": "a"}\n' + b"\n".join(bad) + b'\n{"text": "z"}\n')
+    found = list(data.read_corpus([tmp_path / "bad.jsonl"], "paragraph"))
+    assert found == ["a", *[None] * len(bad), "z"]  # counted, and passed over
+    put(tmp_path / "bad.txt", b"a\n\xff\n \nb\0c\nz")
+    assert list(data.read_corpus([tmp_path / "bad.txt"], "paragraph")) == [
+        "a",
+        None,
+        None,
+        None,
+        "z",
+    ]
+    texts = {"0.txt": "a", "1.txt": "b\0c", "2.txt": " \n", "3.txt": "z"}
+    bad = pack(tmp_path / "bad.tar", texts)
+    assert list(data.read_corpus([bad], "paragraph")) == ["a", None, None, "z"]
     assert 3 < len(list(data.read_corpus([more] * 20, "paragraph", share=0.3))) < 40
 
 
@@ -1050,8 +1240,8 @@ def test_processes_share_a_corpus_and_others_go_on_with_it(labeller, tmp_path, m
     whole = pseudo_label(labeller, tmp_path / "whole")
     for name in ("init_process_group", "barrier"):
         monkeypatch.setattr(torch.distributed, name, lambda *args, **kwargs: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in torchrun(1, 2).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(FileNotFoundError):  # only the first process writes the output
         pseudo_label(labeller, tmp_path / "shared")
     blocks = tmp_path / "shared" / "blocks"
@@ -1226,10 +1416,10 @@ def test_pretraining_learns_both_of_its_objectives(tokenizer):
 
 
 def test_a_bad_corpus_leaves_nothing_behind(world, tmp_path, capsys):
-    corpus = put(tmp_path / "corpus.jsonl", b'{"text": "fine words here"}\n{"text": 3}\n')
+    corpus = put(tmp_path / "corpus.jsonl", b'{"text": 3}\n')
     out = tmp_path / "t5"
     line = ends_in_one_line(lambda: pretrain(world, out, corpus=corpus), capsys)
-    assert "corpus.jsonl:2: " in line and not list(out.glob("*"))
+    assert "corpus.jsonl: no line of it is text" in line and not list(out.glob("*"))
     put(corpus, b'{"text": "fine words here"}\n')
     line = ends_in_one_line(lambda: pretrain(world, out, corpus=corpus), capsys)
     assert "too little text" in line and not (out / "arguments.json").exists()
@@ -1349,6 +1539,26 @@ def test_embeddings_are_stored_and_continued(world, tmp_path, monkeypatch):
         file.write(b"half")  # as a killed process may leave a row
     np.testing.assert_allclose(embed(texts, "b.npy"), whole, atol=1e-6)
     assert encoded == texts[6:]
+
+
+def test_an_encoder_that_gives_nan_leaves_nothing(world, tmp_path, monkeypatch):
+    half = metapt.T5ForConditionalGeneration.from_pretrained(world / "t5", dtype=torch.float16)
+    shutil.copytree(world / "t5", tmp_path / "half")
+    half.save_pretrained(tmp_path / "half")
+    where = str(tmp_path / "half"), "cpu"
+    with monkeypatch.context() as patch:
+        rows = np.array([[1.0, 0.0], [math.nan, 0.0]])
+        patch.setattr(cluster.SentenceTransformer, "encode", lambda *args, **kwargs: rows)
+        with pytest.raises(
+            InputError, match="half: the embedding of 'dull' is not finite; give an"
+        ):
+            cluster.embed(["fine", "dull"], tmp_path / "a.npy", *where)
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+    seen, encode = [], cluster.SentenceTransformer.encode
+    kept = lambda self, *args, **kwargs: seen.append(self.dtype) or encode(self, *args, **kwargs)
+    monkeypatch.setattr(cluster.SentenceTransformer, "encode", kept)
+    cluster.embed(["fine", "dull"], tmp_path / "a.npy", *where)
+    assert seen == [torch.float32]
 
 
 # ------------------------------------------------ train_meta.py: Section 4.3, A.2, A.3, and the run
@@ -1582,6 +1792,21 @@ def test_a_t5s_fingerprint_is_of_its_weights_alone(world, dtype):
     assert data.fingerprint(t5) == data.fingerprint(metapt.load_t5(world / "t5")[0])
 
 
+def test_a_run_in_a_thread_goes_on_without_signals(world, tmp_path):
+    failed = []
+
+    def learned():
+        try:
+            learn(world, tmp_path / "run", max_steps=2)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=learned)
+    thread.start()
+    thread.join()
+    assert not failed and load_prompt(tmp_path / "run")[1]["method"] == "maml"
+
+
 def test_a_broken_checkpoint_names_restart(world, tmp_path):
     whole = learn(world, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.safetensors"
@@ -1744,6 +1969,29 @@ def test_finetune_saves_and_predicts(world, tmp_path, capsys):
         run(finetune, predict=texts, prompt=tmp_path / "meta", device="cpu")
 
 
+def test_predictions_of_labelled_texts_are_scored(world, tmp_path, capsys):
+    save_prompt(tmp_path / "p", torch.zeros(3, 64), metapt.load_t5(world / "t5")[0])
+    test, out = read_lines(world / "books" / "test.jsonl")[:40], tmp_path / "out.jsonl"
+    data.write_examples(tmp_path / "test.jsonl", test)
+    flags = {"prompt": tmp_path / "p", "task": world / "books", "device": "cpu"}
+    run(finetune, predict=tmp_path / "test.jsonl", out=out, **flags)
+    rows = read_lines(out)
+    assert [row["gold"] for row in rows] == [example["label"] for example in test]
+    share = np.mean([row["gold"] == row["label"] for row in rows])
+    assert f"accuracy {share:.1%}, macro-F1 " in capsys.readouterr().out
+    run(finetune, predict=tmp_path / "test.jsonl", **flags)
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 40 and "of 40 labelled texts" in printed.err
+
+    for name in ("REVIEWS.TXT", "reviews", "reviews.md"):  # a text a line wherever it is not JSON
+        run(finetune, predict=put(tmp_path / name, b"5 stars\n{dull}\n"), **flags)
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["text"] for line in lines] == ["5 stars", "{dull}"]
+    data.write_examples(tmp_path / "test.jsonl", [test[0], {**test[1], "label": 7}])
+    with pytest.raises(InputError, match="test.jsonl: text 2: label 7 is not one of 0 to 4"):
+        run(finetune, predict=tmp_path / "test.jsonl", **flags)
+
+
 def test_a_prompt_brings_its_own_t5_along(world, tmp_path, monkeypatch):
     learn(world, tmp_path / "run", max_steps=0)
     seen = []
@@ -1848,7 +2096,7 @@ def test_a_stopped_sweep_continues_and_processes_share_it(world, tmp_path, monke
     sweep |= {"config": world / "pt.json", "prompt_length": 3, "max_test": 50, "out": out}
     processes = []
     for rank in "01":
-        env = {**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+        env = {**os.environ, **torchrun(rank, 2)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         processes.append(subprocess.Popen(command(finetune, **sweep), env=env, **pipes))
     printed = "".join(process.communicate()[0] for process in processes)
@@ -1870,6 +2118,16 @@ def test_a_state_of_a_task_that_is_back_is_the_newest_again(world, tmp_path):
     assert (
         finetune.newest(rows)[0]["data"] == tune(world, tmp_path / "anew.jsonl", **flags)[0]["data"]
     )
+
+
+def test_variables_that_torchrun_did_not_set_do_not_count(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data.run(lambda: None)
+    assert "is set, but not by torchrun: this is the only process" in capsys.readouterr().err
+    assert data.rank_and_world() == (0, 1)
+    for name, value in {**torchrun(1, 2), "RANK": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert "RANK and WORLD_SIZE must be numbers" in ends_in_one_line(data.rank_and_world, capsys)
 
 
 def test_two_equal_commands_at_once_write_no_run_twice(world, tmp_path, monkeypatch):
@@ -1933,7 +2191,7 @@ def test_bfloat16_keeps_the_prompt_in_float32(world, tmp_path):
 
 
 PAIR = Task("pair", "{premise} ? {mask} . {hypothesis}", ["yes", "maybe", "no"])
-CHOICE = Task("choice", "{question} A. {a} B. {b} C. {c} {mask}", ["A", "B", "C"])
+CHOICE = Task("choice", "{question} A {a} B {b} C {c} {mask}", ["A", "B", "C"])
 
 
 def make_pair(rng):
@@ -2535,7 +2793,10 @@ bad_file(read_corpus, "corpus.tar", packed("a.xz", data.lzma.compress(bytes(99))
 bad_file(read_corpus, "corpus.tar", tar_of("a.txt", size=2**60), tar_of("a.md", size=2**60))
 bad_file(read_corpus, "corpus.txt.gz", b"x", b"\x1f\x8b\x08", packed("", "x\n" * 999, 9))
 bad_file(read_corpus, "corpus.txt.xz", b"x", b"\xfd7zXZ\0", packed("", "x\n" * 999, 9))
-bad_line(read_corpus, "corpus.jsonl", FINE, b"[]", b"{", b'{"text": 3}', b"\xff")
+bad_file(read_corpus, "corpus.jsonl", b"[]\n" * 2000, b"{", b'{"text": 3}', b"\xff", b"")
+bad_file(read_corpus, "corpus.txt", b"", b"\0", b"\xff", b"\n" * 9)
+bad_file(read_examples, "reviews.csv", b"5,fine\n")
+bad_file(read_examples, "REVIEWS.TSV.gz", b"5,fine\n")
 
 numpy = b"\x93NUMPY"
 bad_file(
@@ -2699,6 +2960,24 @@ def test_a_device_that_is_not_there_is_named():
         pytest.skip("there is a GPU")
     with pytest.raises(argparse.ArgumentTypeError, match="cuda: this PyTorch finds no such GPU"):
         data.device("cuda")
+
+
+def test_a_stream_that_has_no_such_letter_loses_no_work(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    data.run(lambda: print("± \U0001f600"))
+    assert narrow.buffer.getvalue().startswith(b"\xb1 ?")
+
+
+def test_a_folder_beside_the_scripts_is_no_package(tmp_path):
+    for script in data.SCRIPTS + ("metapt.py",):
+        shutil.copy(HOUSE / script, tmp_path)
+    (tmp_path / "nothing_of_that_name").mkdir()
+    code = "import data, importlib.util as i; print(i.find_spec('nothing_of_that_name'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "None\n", done.stderr
 
 
 @pytest.mark.parametrize("script", data.SCRIPTS)

@@ -145,7 +145,7 @@ def train(args):
     task = Task.load(Path(args.source).parent)
     tasks, held_out, facts = read_source(args, task, m)
     model = PromptedT5(*load_t5(args.model, args.device, args.dtype), task, args.max_length)
-    facts["digests"][args.model] = data.fingerprint(model.t5)
+    facts["digests"][args.model] = facts["fingerprint"] = data.fingerprint(model.t5)
     held_out = [encode_held_out(model, examples, m, ppt) for examples in held_out]
     data.try_place(out / "checkpoint.safetensors")
     step, log = learn(args, model, tasks, held_out, facts)
