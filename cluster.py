@@ -12,14 +12,14 @@ source and used again.
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+    HELP = not {"-h", "--help"}.isdisjoint(sys.argv)
 
-import hashlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,9 +135,8 @@ def place_of_embeddings(source, texts, encoder):
     """Where embeddings are stored beside the source: by a name that other texts or another encoder
     would change."""
     files = [(str(file), file.stat().st_mtime_ns) for file in sorted(Path(encoder).glob("*"))]
-    digest = hashlib.sha256("".join(text + "\n" for text in texts).encode())
-    digest.update(json.dumps([encoder, files]).encode())
-    return source.with_name(f"{data.unpacked_name(source)}.{digest.hexdigest()[:12]}.npy")
+    made_of = data.digest(*(text + "\n" for text in texts), json.dumps([encoder, files]))
+    return source.with_name(f"{data.unpacked_name(source)}.{made_of}.npy")
 
 
 def embed(texts, path, encoder, device, size=20_000):
@@ -150,16 +149,23 @@ def embed(texts, path, encoder, device, size=20_000):
             weights = {"use_safetensors": True, "dtype": torch.float32}
             model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
 
-        partial, width = path.with_suffix(".rows"), model.get_embedding_dimension()
-        try:
-            embed_blocks(model, texts, partial, width, device, size)
-        except InputError as error:
-            partial.unlink()
-            raise InputError(f"{encoder}: {error}; give another --encoder")
-        with blame(partial, "remove it and give the same command again"):
-            embeddings = np.memmap(partial, np.float32, "r", shape=(len(texts), width))
+        rows, width = path.with_suffix(".rows"), model.get_embedding_dimension()
+        with open(rows, "ab") as file:
+            done = file.tell() // (4 * width)
+            file.truncate(4 * width * done)  # a row may have been written in part
+            for start in tqdm(range(done, len(texts), size), "embedding", disable=None):
+                try:
+                    block = encode(model, texts[start : start + size], encoder)
+                except InputError:
+                    rows.unlink()
+                    raise
+                file.write(block.tobytes())
+                file.flush()
+
+        with blame(rows, "remove it and give the same command again"):
+            embeddings = np.memmap(rows, np.float32, "r", shape=(len(texts), width))
         write_beside(path, lambda beside: write_array(beside, embeddings))
-        partial.unlink()
+        rows.unlink()
 
     with blame(path, f"not the embeddings of {len(texts):,} texts: remove it"):
         embeddings = np.lib.format.open_memmap(path, "r")  # it refuses objects: nothing pickled
@@ -169,28 +175,16 @@ def embed(texts, path, encoder, device, size=20_000):
     return embeddings
 
 
-def embed_blocks(model, texts, path, width, device, size):
-    """Writes the embeddings of the texts that are not in the file yet."""
-    several = device == "cuda" and torch.cuda.device_count() > 1
-    pool = model.start_multi_process_pool() if several else None
-    how = {"batch_size": 128, "normalize_embeddings": True, "pool": pool}
-    path.touch()
-    with open(path, "r+b") as file:
-        done = path.stat().st_size // (4 * width)  # a row may have been written in part
-        with tqdm(total=len(texts), initial=done, desc="embedding", disable=None) as bar:
-            for start in range(done, len(texts), size):
-                block = texts[start : start + size]
-                rows = model.encode(block, show_progress_bar=sys.stderr.isatty(), **how)
-                bad = np.flatnonzero(~np.isfinite(rows).all(1))
-                if len(bad):
-                    raise InputError(f"the embedding of {block[bad[0]][:60]!r} is not finite")
-                file.seek(4 * width * start)
-                file.write(rows.astype(np.float32).tobytes())
-                file.flush()
-                bar.update(len(block))
-
-    if pool:
-        model.stop_multi_process_pool(pool)
+def encode(model, texts, name):
+    """The embeddings of a block of texts. Raises InputError where one is not finite."""
+    shown = sys.stderr.isatty()
+    how = {"batch_size": 128, "normalize_embeddings": True, "show_progress_bar": shown}
+    rows = model.encode(texts, **how).astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(rows).all(1))
+    if len(bad):
+        text = texts[bad[0]][:60]
+        raise InputError(f"{name}: the embedding of {text!r} is not finite; give another --encoder")
+    return rows
 
 
 def write_array(path, array):
@@ -292,7 +286,7 @@ def write_clusters(out, source, task, examples, clusters, kept):
     """Writes the examples that are kept, each with its cluster, and their task."""
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = np.flatnonzero(kept)
-    data.write_examples(out, ({**examples[i], "cluster": int(clusters[i])} for i in rows))
+    data.write_lines(out, ({**examples[i], "cluster": int(clusters[i])} for i in rows))
     if out.parent != source.parent:
         task.save(out.parent)
 
@@ -300,34 +294,58 @@ def write_clusters(out, source, task, examples, clusters, kept):
 def main(argv=None):
     """Reads the flags and makes the meta-tasks."""
     parser = data.Parser(__doc__)
-    parser.add_config_flag()
-    source = "the examples to cluster, JSON lines with a task.json beside them"
-    figure = "draws the clusters by t-SNE of the embeddings, a panel for each k"
-    size = (
-        "examples that a cluster must have (default: 640 / clusters + 8, which train_meta.py holds "
-        "out and draws by default)"
+    parser.add_config()
+    add, number = parser.add_argument, data.number
+    add(
+        "--source",
+        required=True,
+        type=data.existing("file"),
+        metavar="FILE",
+        help="the examples to cluster, JSON lines with a task.json beside them",
     )
-    out = "the file to write (default: METHOD and K.jsonl beside the source)"
-    encoder = "sentence-transformers/all-MiniLM-L6-v2"
-    whole = data.whole
-    parser.add("--source", source, required=True, type=data.file, metavar="FILE")
-    parser.add("--method", "how to cluster", "kmeans", choices=["kmeans", "lda", "random", "label"])
-    parser.add("--k", "clusters; several write a file each", [10], type=whole(2), nargs="+")
-    parser.add("--encoder", "a sentence-BERT by hub name or folder", encoder)
-    parser.add("--figure", figure, type=data.picture, metavar="FILE")
-    parser.add("--min-size", size, type=whole(1))
-    parser.add_switch("--drop-small", "leaves smaller clusters out")
-    parser.add("--vocabulary", "words that LDA and the report count", 10_000, type=whole(1))
-    seed = whole(0, 2**31 - 1)  # FAISS takes no larger one
-    parser.add("--seed", "of K-means, LDA, random clusters and t-SNE", 1, type=seed)
-    parser.add_device_flag()
-    parser.add("--out", out, metavar="FILE")
+    add("--out", metavar="FILE", help="to write (default: METHOD and K.jsonl beside the source)")
+    methods = ["kmeans", "lda", "random", "label"]
+    add("--method", default="kmeans", choices=methods, help="how to cluster")
+    add(
+        "--k",
+        type=number(2),
+        default=[10],
+        nargs="+",
+        help="clusters; several write a file each",
+    )
+    add(
+        "--encoder",
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        help="a sentence-BERT by hub name or folder",
+    )
+    add(
+        "--figure",
+        type=data.picture,
+        metavar="FILE",
+        help="draws the clusters by t-SNE of the embeddings, a panel for each k",
+    )
+    add(
+        "--min-size",
+        type=number(1),
+        help="examples that a cluster must have (default: 640 / clusters + 8, which train_meta.py "
+        "holds out and draws by default)",
+    )
+    add("--drop-small", action="store_true", help="leaves smaller clusters out")
+    add("--vocabulary", type=number(1), default=10_000, help="words that LDA and the report count")
+    add(
+        "--seed",
+        type=number(0, 2**31 - 1),  # FAISS takes no larger one
+        default=1,
+        help="of K-means, LDA, random clusters and t-SNE",
+    )
+    parser.add_machine()
     args = parser.parse(argv)
     if len(args.k) > 1 and (args.out or args.method == "label"):
         parser.error("--out and --method label go with one --k")
     if args.out and (not args.out.endswith(".jsonl") or Path(args.out).name == "task.jsonl"):
         parser.error("--out must end in .jsonl; its arguments go into a .json of the same name")
 
+    data.set_machine(args)
     make_meta_tasks(args)
 
 

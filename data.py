@@ -5,15 +5,11 @@ out. From top to bottom:
     Examples              JSON lines, task folders, the few-shot split of Section 5.1
     Readers               one for each dataset of Appendix C
     Pseudo-labels         Section 4.1: a labeller, a corpus, what is kept of it
-    A small T5            where T5-base cannot be had: pre-trained from nothing
-    The offline demo      reviews written by a grammar, and a tiny T5 pre-trained on them
-    The command line      the same for every script; then this one's own
+    The command line      what every script shares; then this one's own
 
     python data.py convert yelp5 --input yelp_review_full_csv.tgz --out tasks/yelp5   # or another
     python data.py labeller --task tasks/yelp5 --out labeller           # RoBERTa, for pseudo-labels
     python data.py pseudo-label --labeller labeller --corpus openwebtext.tar.xz --out source
-    python data.py pretrain --corpus reviews.jsonl --task tasks/imdb --out t5     # a small T5
-    python data.py demo                                                 # the offline demo, in demo/
 
 A task is a folder: task.json (the template and the words), train.jsonl, test.jsonl and, where the
 dataset has one, validation.jsonl. A line is an example, {"text": "...", "label": 0}, the label an
@@ -21,9 +17,11 @@ index into the words.
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+    HELP = not {"-h", "--help"}.isdisjoint(sys.argv)
 
 import argparse
 import array
@@ -46,11 +44,9 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import threading
-import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
@@ -60,12 +56,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-# PyTorch and transformers take seconds to import. --help needs neither; who waits is told so.
-SCRIPTS = ("data.py", "cluster.py", "train_meta.py", "finetune.py")
-SCRIPT = Path(sys.argv[0]).name in SCRIPTS
-HELP = SCRIPT and not {"-h", "--help"}.isdisjoint(sys.argv)
-if SCRIPT and not HELP and sys.stderr.isatty():
-    print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
+# A script that is asked for --help says so at its top: PyTorch and transformers, which take seconds
+# to import, are not needed for it.
+HELP = getattr(sys.modules["__main__"], "HELP", False)
 
 # A folder beside the scripts, as --out peft/mine makes one, is an empty package to Python, and
 # would be taken for the library of its name where that is not installed.
@@ -78,19 +71,10 @@ for beside in Path(__file__).parent.iterdir():
 if not HELP:
     import torch
     import transformers
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers import trainers
-    from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-    from transformers.optimization import Adafactor
-    from transformers.utils import logging as transformers_logging
 
-    from metapt import NEW_WORD, Diverged, InputError, PromptedT5, Task, best_of, blame
-    from metapt import first_line, linear_schedule, out_of_patience, parse_json, read_json
-    from metapt import check_complete, write_beside, write_json
+    from metapt import InputError, Task, best_of, blame, check_complete, first_line
+    from metapt import linear_schedule, parse_json, read_json, write_beside, write_json
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 MAX_LENGTH = 256  # tokens of H(x); the paper names none
@@ -100,7 +84,6 @@ WORDS = {
     3: ["bad", "okay", "good"],
     2: ["bad", "good"],
 }
-CONTINUES = "the same command, without --restart, continues"
 # What the packers of the standard library raise beside OSError, EOFError and ValueError.
 BROKEN = (zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 
@@ -120,7 +103,10 @@ def open_packed(path):
     else:
         tar = tarfile.open(archive, "r|*")  # read once, from front to back
         members = (member for member in tar if member.isfile() and archive / member.name == path)
-        file = tar.extractfile(next(members))
+        member = next(members, None)
+        if member is None:
+            raise FileNotFoundError(f"{archive} holds no file of that name")
+        file = tar.extractfile(member)
 
     unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
     return io.BufferedReader(unpack(file, "rb") if unpack else file, 2**20)
@@ -204,14 +190,14 @@ def check_example(example, task, labelled=True):
         raise ValueError(f"cluster {example['cluster']!r} is not a whole number")
 
 
-def write_examples(path, examples):
+def write_lines(path, rows):
     """Writes JSON lines, packed where `path` ends in .gz, beside it first and then renamed."""
     opener = gzip.open if Path(path).suffix == ".gz" else open
 
     def write(beside):
         with opener(beside, "wt", encoding="utf-8") as file:
-            for example in examples:
-                file.write(json.dumps(example, ensure_ascii=False) + "\n")
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     write_beside(path, write)
 
@@ -220,7 +206,7 @@ def write_task(folder, task, splits):
     """Writes task.json and a .jsonl file for each split: all of them, or on an error none."""
     with folder_beside(folder) as beside:
         for split, examples in splits.items():
-            write_examples(beside / f"{split}.jsonl", examples)
+            write_lines(beside / f"{split}.jsonl", examples)
         task.save(beside)
 
 
@@ -519,17 +505,22 @@ def train_classifier(model, tokenize, examples, total, learning_rate, warmup, ba
         yield step + 1
 
 
-def classify(model, tokenize, texts, batch_size):
-    """Each text's label and its confidence, the label's probability: two lists. Texts of about one
-    length share a batch, so that little is padded."""
+def log_probabilities(model, tokenize, texts, batch_size):
+    """A classifier's log-probabilities of texts, [N, classes] float32 on the CPU. Texts of about
+    one length share a batch, so that little is padded."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     logits = []
     for start in range(0, len(texts), batch_size):
         batch = tokenize([texts[i] for i in order[start : start + batch_size]])
         with torch.no_grad():
-            logits.append(model(**batch.to(model.device)).logits)
-    probabilities = torch.cat(logits).float().softmax(-1)[np.argsort(order)]
-    confidences, labels = probabilities.max(-1)
+            logits.append(model(**batch.to(model.device)).logits.float().cpu())
+    return torch.cat(logits).log_softmax(-1)[np.argsort(order)]
+
+
+def classify(model, tokenize, texts, batch_size):
+    """Section 4.1's pseudo-labels: each text's most probable label and its confidence, that
+    label's probability: two lists."""
+    confidences, labels = log_probabilities(model, tokenize, texts, batch_size).exp().max(-1)
     return labels.tolist(), confidences.tolist()
 
 
@@ -541,13 +532,6 @@ def fate(text, min_words, max_words):
     if words < min_words:
         return "too short"
     return "too long" if words > max_words else None
-
-
-def pseudo_labelled(texts, field, label):
-    """Yields texts as pseudo-labelled examples; `label` gives their labels and confidences."""
-    labels, confidences = label(texts) if texts else ([], [])
-    for text, said, p in zip(texts, labels, confidences):
-        yield {field: text, "label": said, "confidence": round(p, 4)}
 
 
 def balance(labels, confidences, hashes, least, per_class=None, seed=1):
@@ -708,12 +692,6 @@ def read_splits(folder, task, count, seed):
     return training, validation
 
 
-def in_pairs(examples, task):
-    """[(text, label)] of examples."""
-    texts = [text_of(example, task) for example in examples]
-    return [(text, example["label"]) for text, example in zip(texts, examples)]
-
-
 def save_model(out, model, tokenizer, task=None):
     """Writes a model, its tokenizer and, where one is given, its task: all of it or nothing."""
     with folder_beside(out) as beside:
@@ -738,40 +716,37 @@ def train_labeller(args):
     how = {"num_labels": len(task.words), "dtype": torch.float32}
     model, tokenizer = load_classifier(args.model, args.device, is_base=True, **how)
     tokenize = in_batches(model, tokenizer, args.max_length)
-    training = in_pairs(training, task)
-    texts, truths = zip(*in_pairs(validation, task))
-    total = args.max_steps or args.max_epochs * math.ceil(len(training) / args.batch_size)
-    rates = {"learning_rate": args.learning_rate, "warmup": args.warmup}
-    steps = train_classifier(model, tokenize, training, total, batch_size=args.batch_size, **rates)
+    pairs = [(text_of(example, task), example["label"]) for example in training]
+    texts = [text_of(example, task) for example in validation]
+    labels = torch.tensor([example["label"] for example in validation])
+    total = args.max_epochs * math.ceil(len(pairs) / args.batch_size)
+    how = args.learning_rate, args.warmup, args.batch_size
 
     log = []
     with stop_signal() as stop, tqdm(total=total, desc="labeller", disable=None) as bar:
-        for step in steps:
+        for step in train_classifier(model, tokenize, pairs, total, *how):
             bar.update()
             if not (stop or step % args.eval_every == 0 or step == total):
                 continue
 
-            labels, _ = classify(model.eval(), tokenize, texts, 2 * args.batch_size)
-            accuracy = float(np.mean(np.array(labels) == truths))
-            log.append({"step": step, "accuracy": accuracy, "loss": 1 - accuracy})
-            best = log[best_of(log)]
-            if best is log[-1]:
+            found = log_probabilities(model.eval(), tokenize, texts, 2 * args.batch_size)
+            accuracy = (found.argmax(-1) == labels).float().mean().item()
+            loss = torch.nn.functional.nll_loss(found, labels).item()
+            log.append({"step": step, "accuracy": accuracy, "loss": loss})
+            if best_of(log) == len(log) - 1:
                 save_model(out, model, tokenizer, task)
 
-            write_examples(out / "log.jsonl", log)
+            write_lines(out / "log.jsonl", log)
             save_arguments(out / "arguments.json", args)
-            bar.set_postfix(accuracy=f"{accuracy:.3f}", best=f"{best['accuracy']:.3f}")
+            bar.set_postfix(accuracy=f"{accuracy:.3f}")
             if stop:
                 message = f"stopped at step {step:,}; {out} holds the best so far"
                 raise KeyboardInterrupt(f"{message}; --model {out}, with another --out, goes on")
 
-            if out_of_patience(log, args.patience):
-                break
-
-    largest = max(collections.Counter(truths).values()) / len(truths)
+    best, largest = log[best_of(log)], labels.bincount().max() / len(labels)
     print(
         f"wrote {out}: the labeller of step {best['step']:,} of {step:,}, validation accuracy "
-        f"{best['accuracy']:.1%} on {len(truths):,} examples (the largest class: {largest:.1%})"
+        f"{best['accuracy']:.1%} on {len(labels):,} examples (the largest class: {largest:.1%})"
     )
 
 
@@ -785,29 +760,32 @@ def pseudo_label(args):
         message = f"--confidence takes 1 or {len(task.words)} values; a template, one field"
         raise InputError(f"{args.labeller}: {message}")
 
-    corpus = read_corpus(args.corpus, args.unit, args.share)
+    blocks = out / "blocks"
     try_place(out / "examples.jsonl")
+    if args.restart and rank == 0:
+        shutil.rmtree(blocks, ignore_errors=True)
+
+    # What decides about a label, and so has to be as it was when the first block was labelled.
+    names = ("labeller", "unit", "share", "min_words", "max_words", "max_length")
+    facts = {name: getattr(args, name) for name in names} | {"block": BLOCK}
+    facts["corpus"] = [[file, os.stat(file).st_size] for file in args.corpus]
+    facts["weights"] = digest(*sorted(Path(args.labeller).glob("*.safetensors")))
+    if (blocks / "settings.json").exists():
+        check_same(blocks, read_json(blocks / "settings.json", BEGIN_ANEW), facts)
+    blocks.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        check_settings(out / "blocks" / "settings.json", args)
+        write_json(blocks / "settings.json", facts)
 
     wait_for_all(world)
-    complete = out / "blocks" / "complete.json"
-    known = read_json(complete, "remove it") if complete.exists() else {}
-    counts = known.get("counts")
-    counted = isinstance(counts, dict) and all(type(count) is int for count in counts.values())
-    if known.get("blocks") != len(blocks_in(out)) or not counted:
-        counts = label_corpus(corpus, out / "blocks", task, args)
+    complete = blocks / "complete.json"  # so that balancing again need not read the corpus again
+    counts = read_json(complete, "remove it") if complete.exists() else {}
+    if not counts or any(type(count) is not int for count in counts.values()):
+        counts = label_corpus(blocks, task, args)
 
     wait_for_all(world)
     if rank == 0:
-        # So that balancing again need not read the corpus again.
-        write_json(complete, {"blocks": len(blocks_in(out)), "counts": counts})
+        write_json(complete, counts)
         write_source(out, task, args, counts)
-
-
-def blocks_in(out):
-    """The files of the blocks that are labelled, in their order."""
-    return sorted((out / "blocks").glob("*.jsonl.gz"))
 
 
 def wait_for_all(world):
@@ -819,31 +797,10 @@ def wait_for_all(world):
     torch.distributed.barrier()
 
 
-def check_settings(path, args):
-    """Raises InputError where the blocks in a folder were labelled with other arguments; writes
-    those that decide about a label where there are none."""
-    names = ("labeller", "unit", "share", "min_words", "max_words", "max_length")
-    settings = {name: getattr(args, name) for name in names}
-    settings["corpus"] = [[file, os.stat(file).st_size] for file in args.corpus]
-    weights = sorted(Path(args.labeller).glob("*.safetensors"))
-    settings |= {"weights": [digest(file) for file in weights], "block": BLOCK}
-    if args.restart:
-        shutil.rmtree(path.parent, ignore_errors=True)
-    if path.exists():
-        if read_json(path, "--restart begins anew") != settings:
-            message = "labelled from another corpus or with other flags; --restart begins anew"
-            raise InputError(f"{path}: {message}")
-        return
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
-
-
-def label_corpus(corpus, folder, task, args):
+def label_corpus(folder, task, args):
     """Labels those blocks of the corpus that have no file yet; each process those of its number.
     Returns how many texts were read, and not labelled for which reason."""
-    rank, world = rank_and_world()
-    folder.mkdir(parents=True, exist_ok=True)
+    (rank, world), corpus = rank_and_world(), read_corpus(args.corpus, args.unit, args.share)
     label = None  # the labeller is loaded once there is something to label
     counts = dict.fromkeys(("read", "not text", "too short", "too long"), 0)
     with stop_signal() as stop, tqdm(desc="pseudo-label", unit=" texts", disable=None) as bar:
@@ -860,7 +817,10 @@ def label_corpus(corpus, folder, task, args):
             if number % world == rank and not path.exists():
                 label = label or load_labeller(args, task)
                 fitting = [text for text, why in zip(texts, fates) if why is None]
-                write_examples(path, pseudo_labelled(fitting, task.fields[0], label))
+                labelled = zip(fitting, *label(fitting)) if fitting else ()
+                keys = (task.fields[0], "label", "confidence")
+                rows = ((text, said, round(p, 4)) for text, said, p in labelled)
+                write_lines(path, (dict(zip(keys, row)) for row in rows))
             bar.update(len(texts))
             if stop:
                 message = f"stopped after {counts['read']:,} texts and saved"
@@ -880,26 +840,26 @@ def load_labeller(args, task):
     return lambda texts: classify(model, tokenize, texts, args.batch_size)
 
 
-def read_blocks(paths, task):
-    """Yields the examples of blocks. Raises InputError."""
-    for path in paths:
+def read_blocks(folder, task):
+    """Yields the examples of the blocks that are labelled. Raises InputError."""
+    for path in sorted(folder.glob("*.jsonl.gz")):
         try:
             yield from read_examples(path, task)
         except InputError as error:
-            raise InputError(f"{error}; or remove it and give the same command again")
+            raise InputError(
+                f"{error}; or remove it and complete.json, and give the same command again"
+            )
 
 
 def write_source(out, task, args, counts):
     """Balances what was labelled, and writes examples.jsonl, task.json and funnel.json to `out`.
     Holds some 100 bytes for each text that was labelled. Raises InputError where a class is empty.
     """
-    field, paths = task.fields[0], blocks_in(out)
     labels, confidences, hashes = array.array("B"), array.array("d"), array.array("Q")
-    for example in read_blocks(paths, task):
+    for example in read_blocks(out / "blocks", task):
         labels.append(example["label"])
         confidences.append(example.get("confidence", 1))
-        hashed = hashlib.blake2b(example[field].lower().encode(), digest_size=8).digest()
-        hashes.append(int.from_bytes(hashed, "big"))
+        hashes.append(int(digest(text_of(example, task).lower()), 16))
 
     labels, least = np.array(labels, dtype=np.int64), args.confidence
     least = least * len(task.words) if len(least) == 1 else least
@@ -918,7 +878,8 @@ def write_source(out, task, args, counts):
         )
 
     source = Task("source", task.template, task.words)
-    write_task(out, source, {"examples": itertools.compress(read_blocks(paths, task), kept)})
+    examples = itertools.compress(read_blocks(out / "blocks", task), kept)
+    write_task(out, source, {"examples": examples})
     save_arguments(out / "arguments.json", args)
     funnel = {**counts, **funnel}
     write_json(out / "funnel.json", funnel)
@@ -931,513 +892,19 @@ def write_source(out, task, args, counts):
     )
 
 
-# ---------------------------------- A small T5 from nothing, where none of the paper's size can run
-
-SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
-
-
-def learn_tokenizer(texts, words, size):
-    """A tokenizer of T5's kind, with about `size` lower-cased pieces (Unigram) learned from texts,
-    </s> at the end and a hundred sentinels. Each of `words` is one piece of it."""
-    tokenizer = Tokenizer(models.Unigram())
-    lower = [normalizers.NFKC(), normalizers.Lowercase()]
-    tokenizer.normalizer = normalizers.Sequence(lower)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    how = {"vocab_size": size, "special_tokens": special, "unk_token": "<unk>"}
-    tokenizer.train_from_iterator(texts, trainers.UnigramTrainer(**how, show_progress=False))
-
-    # A word that was cut becomes a piece, more probable than any cut of it.
-    state = json.loads(tokenizer.to_str())
-    scores = dict(map(tuple, state["model"]["vocab"]))
-    for word in words:
-        piece = NEW_WORD + word.lower()
-        scores[piece] = max(scores.get(piece, -6.0), -6.0)
-
-    state["model"]["vocab"] = list(scores.items())
-    tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.decoder = decoders.Metaspace()
-    end = [("</s>", 1)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=end)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=SENTINELS,
-    )
-
-
-def corrupt(ids, sentinels, rng, density=0.15, mean_length=3):
-    """T5's span corruption of two token ids or more: (input ids, target ids). Spans of three tokens
-    on average, 15 % of all, are lost; a sentinel stands for each, and the target spells them out.
-    """
-    lost = min(max(round(density * len(ids)), 1), len(ids) - 1)
-    spans = min(max(round(lost / mean_length), 1), len(ids) - lost, len(sentinels) - 1)
-    source, target, at = [], [], 0
-    lengths = zip(
-        sentinels, split_at_random(len(ids) - lost, spans, rng), split_at_random(lost, spans, rng)
-    )
-    for sentinel, keep, lose in lengths:
-        source += [*ids[at : at + keep], sentinel]
-        target += [sentinel, *ids[at + keep : at + keep + lose]]
-        at += keep + lose
-
-    return source + [1], target + [sentinels[spans], 1]
-
-
-def split_at_random(total, parts, rng):
-    """`parts` lengths of at least one that make up `total`."""
-    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff([0, *cuts.tolist(), total]).tolist()
-
-
-def word_runs(text, length=8):
-    """Every run of `length` words in a text, of a shorter text the whole; without case, punctuation
-    and the spaces that treebanks have in "do n't"."""
-    text = re.sub(r" (?=n't|')", "", text.lower()).replace("'", "")
-    words = re.findall(r"\w+", text)
-    return {" ".join(words[i : i + length]) for i in range(max(len(words) - length, 0) + 1)}
-
-
-def draw_windows(stream, count, sentinels, longest, rng):
-    """`count` windows cut out of a stream of token ids at random, of all lengths up to `longest`,
-    as a batch for T5: input_ids, attention_mask and labels."""
-    pairs = []
-    for _ in range(count):
-        length = int(rng.integers(4, longest + 1))
-        start = int(rng.integers(len(stream) - length + 1))
-        pairs.append(corrupt(stream[start : start + length].tolist(), sentinels, rng))
-
-    inputs, targets = ([torch.tensor(row) for row in rows] for rows in zip(*pairs))
-    inputs, targets = pad_sequence(inputs, True, 0), pad_sequence(targets, True, -100)
-    return {"input_ids": inputs, "attention_mask": (inputs != 0).long(), "labels": targets}
-
-
-def draw_labelled(by_class, fields, count, excerpts, rng):
-    """`count` examples, every class as likely as another. The share `excerpts` of them keeps only
-    one to three sentences of each field: downstream texts are short."""
-    drawn = []
-    for _ in range(count):
-        members = by_class[rng.integers(len(by_class))]
-        example = members[rng.integers(len(members))]
-        if rng.random() < excerpts:
-            parts = {field: excerpt(example[field], rng) for field in fields}
-            example = {**example, **parts}
-        drawn.append(example)
-
-    return drawn
-
-
-def excerpt(text, rng):
-    """One to three sentences of a text."""
-    sentences = [part for part in re.split(UNITS["sentence"], text) if part.strip()]
-    count = int(rng.integers(1, 4))
-    start = int(rng.integers(max(len(sentences) - count, 0) + 1))
-    return " ".join(sentences[start : start + count])
-
-
-def pretrain(t5, draw, optimizer, steps, rate, dtype):
-    """Trains a T5 by span corruption and, as T5's own pre-training did, by tasks too: by the
-    objective of Section 3, without a prompt. draw(step) gives a batch of windows, a PromptedT5
-    around this T5, and a batch of its task's examples; rate(step) the learning rate. Yields each
-    step's two losses and its number of tokens."""
-    nothing = torch.zeros(0, t5.config.d_model, device=t5.device)
-    for step in steps:
-        windows, model, labelled = draw(step)
-        optimizer.param_groups[0]["lr"] = rate(step)
-        with torch.autocast(t5.device.type, dtype, enabled=dtype != torch.float32):
-            batch = {name: rows.to(t5.device) for name, rows in windows.items()}
-            span_loss = t5(**batch, use_cache=False).loss
-            label_loss = model.loss(nothing, labelled)
-        (span_loss + label_loss).backward()
-        torch.nn.utils.clip_grad_norm_(t5.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        tokens = windows["input_ids"].numel() + labelled["input_ids"].numel()
-        yield span_loss.item(), label_loss.item(), tokens
-
-
-# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files, continuing
-
-
-def pretrain_t5(args):
-    """Pre-trains a small T5 on a corpus and on labelled tasks, and writes it to args.out in the form
-    in which any T5 is loaded. A step's draws depend on the seed and the step's number alone, so that
-    a continued run does what an uninterrupted one would have done. Raises InputError."""
-    out, tasks = Path(args.out), [Task.load(folder) for folder in args.task]
-    try_place(out / "config.json")
-    check_arguments(out / "arguments.json", args)
-    excluded = runs_of_tasks(args.exclude or [])
-    splits = [
-        labelled_splits(args, folder, task, excluded) for folder, task in zip(args.task, tasks)
-    ]
-    words = [word for task in tasks for word in task.words]
-    tokenizer, stream, held_out = tokens_of(args, out, words, excluded)
-    save_arguments(out / "arguments.json", args)
-    t5 = new_t5(args, len(tokenizer)).to(args.device)
-    models = [PromptedT5(t5, tokenizer, task, args.max_length) for task in tasks]
-    t5.requires_grad_(True)  # which PromptedT5 has frozen
-    optimizer = Adafactor(t5.parameters(), args.learning_rate, beta1=0.9, relative_step=False)
-    files = [Path(folder) / "train.jsonl" for folder in args.task]
-    digests = {str(file): digest(file) for file in files}
-    weights = {f"weights.{name}": values for name, values in t5.named_parameters()}
-    step, log = load_state(out, weights, optimizer, digests, args.restart)
-
-    sentinels = tokenizer.convert_tokens_to_ids(SENTINELS)
-    by_class = [classes_of(training) for training, _ in splits]
-    windows = partial(draw_windows, sentinels=sentinels, longest=args.max_length)
-
-    def draw(step):
-        rng, i = np.random.default_rng([args.seed, step]), step % len(tasks)
-        examples = draw_labelled(by_class[i], tasks[i].fields, args.labelled, args.excerpts, rng)
-        return windows(stream, args.batch_size, rng=rng), models[i], models[i].encode(examples)
-
-    validations = [list(encoded(model, examples)) for model, (_, examples) in zip(models, splits)]
-    rng = np.random.default_rng(args.seed)
-    held_out = [windows(held_out, 64, rng=rng) for _ in range(8)]
-    dtype = getattr(torch, args.dtype)
-    rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, args.warmup)
-    steps = pretrain(t5, draw, optimizer, range(step, args.max_steps), rate, dtype)
-    validate = partial(validate_t5, t5, models, held_out, validations, dtype)
-    save = partial(save_pretraining, out, t5, tokenizer, weights, optimizer, digests)
-    run_pretraining(args, steps, step, log, validate, save)
-
-    size = sum(values.numel() for values in weights.values()) / 1e6
-    print(
-        f"wrote {out}: a T5 of {size:.2f} million parameters after {log[-1]['step']:,} steps; held "
-        f"out: loss {log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
-    )
-
-
-def run_pretraining(args, steps, step, log, validate, save):
-    """Makes the steps, and at every validation a line of the log and a checkpoint."""
-    began, seen = time.time(), 0
-    bar = tqdm(total=args.max_steps, initial=step, desc="pretrain", unit=" steps", disable=None)
-    with stop_signal() as stop, bar:
-        for span_loss, label_loss, tokens in steps:
-            step, seen = step + 1, seen + tokens
-            speed = seen / (time.time() - began)
-            shown = {"loss": f"{span_loss:.2f}", "label": f"{label_loss:.2f}"}
-            bar.set_postfix(**shown, tokens=f"{speed:,.0f}/s", refresh=False)
-            bar.update()
-            if not (stop or step % args.eval_every == 0 or step == args.max_steps):
-                continue
-
-            log.append({"step": step, **validate(), "tokens_per_second": round(speed)})
-            if not math.isfinite(log[-1]["loss"] + log[-1]["label_loss"]):
-                mend = "lower --learning-rate and give --restart"
-                raise Diverged(f"{args.out}: step {step:,}: the loss is not finite; {mend}")
-
-            save(step, log)
-            bar.write(" ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
-            if stop:
-                raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {CONTINUES}")
-
-
-def labelled_splits(args, folder, task, excluded):
-    """A task's training and held-out examples that are apart from the excluded tasks. Raises
-    InputError where none is left."""
-    text = partial(text_of, task=task)
-    splits = read_splits(Path(folder), task, args.validation, args.seed)
-    splits = [list(apart(examples, text, excluded, folder)) for examples in splits]
-    if not all(splits):
-        raise InputError(f"{folder}: --exclude leaves no example of it; give another --task")
-    return splits
-
-
-def fast_dtype(device):
-    """The faster of the precisions in which a device can multiply."""
-    fast = device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")
-    return "bfloat16" if fast else "float32"
-
-
-def runs_of_tasks(folders):
-    """The runs of words in all texts of tasks, those to train on and those to test on."""
-    runs = set()
-    for folder in map(Path, folders):
-        task = Task.load(folder)
-        for path in folder.glob("*.jsonl"):
-            for example in read_examples(path, task, labelled=False):
-                for field in task.fields:
-                    runs |= word_runs(example[field])
-    return runs
-
-
-def apart(items, text_of, runs, name):
-    """Yields the items whose text has none of the runs of words, then prints the others' count."""
-    total = shared = 0
-    for item in filter(None, items):
-        total += 1
-        if not runs or runs.isdisjoint(word_runs(text_of(item))):
-            yield item
-        else:
-            shared += 1
-    if runs:
-        message = "share eight words in a row with a task that --exclude names, and are left out"
-        print(f"{name}: {shared:,} of {total:,} texts {message}", flush=True)
-
-
-def tokens_of(args, out, words, excluded):
-    """The tokenizer, the corpus as one stream of its token ids, and one in a hundred documents as
-    another stream: from `out`, or made and kept there."""
-    stream, held_out = out / "tokens.bin", out / "held_out.bin"
-    if args.restart:  # nothing of the earlier run may be taken for this one's
-        for name in ("arguments.json", "checkpoint.safetensors"):
-            (out / name).unlink(missing_ok=True)
-
-    if not (out / "arguments.json").exists():
-        learn_from = [itertools.islice(read_documents(path), 20_000) for path in args.corpus]
-        out.mkdir(parents=True, exist_ok=True)
-        texts = (text[:2000] for text in itertools.chain(*learn_from) if text)
-        with blame(args.corpus[0], "raise --pieces", Exception):  # tokenizers raises no other kind
-            tokenizer = learn_tokenizer(texts, words, args.pieces)
-        documents = (apart(read_documents(path), str, excluded, path) for path in args.corpus)
-        documents = itertools.chain.from_iterable(documents)
-        write_beside(held_out, lambda beside: write_tokens(beside, stream, documents, tokenizer))
-        tokenizer.save_pretrained(out)
-
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    if min(path.stat().st_size for path in (stream, held_out)) <= 4 * args.max_length:
-        raise InputError(f"{args.corpus[0]}: too little text to pre-train on; give more --corpus")
-    return tokenizer, *(np.memmap(path, np.uint32, "r") for path in (stream, held_out))
-
-
-def write_tokens(held_out, stream, documents, tokenizer):
-    """Writes the token ids of documents, </s> behind each, to two files."""
-
-    def write(beside):
-        with open(beside, "wb") as most, open(held_out, "wb") as few:
-            bar = tqdm(documents, "reading the corpus", unit=" documents", disable=None)
-            for number, text in enumerate(bar):
-                ids = tokenizer(text, verbose=False).input_ids
-                file = few if number % 100 == 0 else most
-                file.write(np.array(ids, dtype=np.uint32).tobytes())
-
-    write_beside(stream, write)
-
-
-def new_t5(args, pieces):
-    """A T5 with random weights, of the shape that the arguments give."""
-    torch.manual_seed(args.seed)
-    width = max(1, args.d_model // args.heads)
-    shape = {"d_model": args.d_model, "d_ff": args.d_ff, "d_kv": width}
-    layers = {"num_layers": args.layers, "num_decoder_layers": args.decoder_layers}
-    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    heads = {"num_heads": args.heads, "dropout_rate": 0.0}
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=pieces, **shape, **layers, **heads, **ids))
-    # Words of a tenth of T5's own size: else the first thousands of steps hardly move them.
-    t5.shared.weight.data *= 0.1
-    return t5
-
-
-def classes_of(examples):
-    """The examples of each class that has any."""
-    by_class = collections.defaultdict(list)
-    for example in examples:
-        by_class[example["label"]].append(example)
-    return [by_class[label] for label in sorted(by_class)]
-
-
-def encoded(model, examples, size=64):
-    """Examples as encoded batches."""
-    for start in range(0, len(examples), size):
-        yield model.encode(examples[start : start + size])
-
-
-def validate_t5(t5, models, windows, validations, dtype):
-    """The mean loss of held-out windows, and the mean accuracy and loss at the mask of the tasks'
-    held-out examples, without a prompt."""
-    nothing = torch.zeros(0, t5.config.d_model, device=t5.device)
-    precision = torch.autocast(t5.device.type, dtype, enabled=dtype != torch.float32)
-    with torch.no_grad(), precision:
-        losses = []
-        for batch in windows:
-            batch = {name: rows.to(t5.device) for name, rows in batch.items()}
-            losses.append(t5(**batch, use_cache=False).loss.item())
-        scores = [model.evaluate(nothing, rows) for model, rows in zip(models, validations)]
-
-    mean = lambda name: float(np.mean([score[name] for score in scores]))
-    return {"loss": np.mean(losses), "label_loss": mean("loss"), "accuracy": mean("accuracy")}
-
-
-def save_pretraining(out, t5, tokenizer, weights, optimizer, digests, step, log):
-    """Writes what a continued run needs, and the T5 so far."""
-    save_state(out, weights, optimizer, step, log, digests)
-    save_model(out, t5, tokenizer)
-
-
-# ------------------------------------------------ The offline demo: reviews written by a grammar
-
-# Words for each grade, from terrible to great. SHARED ones are used of everything.
-SHARED = (
-    "awful horrible dreadful pathetic, poor weak disappointing mediocre, fine average ordinary "
-    "acceptable, nice pleasant solid enjoyable, excellent wonderful superb fantastic"
-)
-DOMAINS = {  # domain: how its reviews may open, its aspects, and its own words for each grade
-    "films": (
-        "we watched it last night, my sister took me to the cinema",
-        "plot acting ending script music camera",
-        "unwatchable incoherent, dull clumsy, predictable watchable, funny moving, "
-        "gripping masterful",
-    ),
-    "restaurants": (
-        "we had dinner there on sunday, the table was booked for two",
-        "soup waiter dessert menu pasta kitchen",
-        "inedible rancid, bland greasy, edible filling, tasty fresh, delicious exquisite",
-    ),
-    "laptops": (
-        "i bought this computer for work, it came with windows installed",
-        "keyboard battery screen fan processor trackpad",
-        "unusable defective, sluggish noisy, standard usable, quick sturdy, blazing flawless",
-    ),
-    "hotels": (
-        "we stayed for three nights, the place is near the beach",
-        "room bed pool lobby shower breakfast",
-        "filthy infested, cramped shabby, basic functional, comfortable clean, "
-        "luxurious immaculate",
-    ),
-    "books": (
-        "i read it in one week, this novel was a present",
-        "prose chapter hero dialogue cover style",
-        "unreadable illiterate, tedious shallow, readable conventional, clever warm, "
-        "brilliant timeless",
-    ),
-    "games": (
-        "i played it for ten hours, my son has it on his console",
-        "level combat puzzle graphics quest controls",
-        "unplayable broken, repetitive buggy, playable simple, fun challenging, "
-        "addictive stunning",
-    ),
-}
-SOURCE_DOMAINS = ["films", "restaurants", "laptops", "hotels"]
-TASK_DOMAINS = ["books", "games"]
-FRAMES = [
-    "the {aspect} was {word}",
-    "i found the {aspect} {word}",
-    "we thought the {aspect} was really {word}",
-    "{word} {aspect}",
-    "the {aspect} seemed {word} to me",
-    "my friend called the {aspect} {word}",
-]
-
-
-def write_review(domain, grade, rng):
-    """A review of one to three remarks, whose words mostly agree with its grade."""
-    openings, aspects, own_words = DOMAINS[domain]
-    own_words, shared = own_words.split(", "), SHARED.split(", ")
-    remarks = []
-    for aspect in rng.sample(aspects.split(), rng.choice([1, 2, 2, 3])):
-        said = grade
-        if rng.random() < 0.15:
-            said = min(4, max(0, grade + rng.choice([-1, 1])))
-        words = own_words[said] if rng.random() < 0.6 else shared[said]
-        remarks.append(rng.choice(FRAMES).format(aspect=aspect, word=rng.choice(words.split())))
-
-    return f"{rng.choice(openings.split(', '))} . {' and '.join(remarks)} ."
-
-
-def write_reviews(domain, count, rng):
-    """`count` examples of a domain, the five grades in turn."""
-    reviews = []
-    for i in range(count):
-        text = write_review(domain, i % 5, rng)
-        reviews.append({"text": text, "label": i % 5, "domain": domain})
-    return reviews
-
-
-def write_demo(out, steps):
-    """The demo in the folder `out`: reviews, a tokenizer, a tiny T5, source data in clusters, two
-    tasks of domains that the source data has not, and for every script the arguments that suit
-    this size."""
-    rng = random.Random(0)
-    corpus, source = [], []
-    for domain in DOMAINS:
-        corpus += write_reviews(domain, 1000, rng)
-    for domain in SOURCE_DOMAINS:
-        source += write_reviews(domain, 1000, rng)
-
-    write_task(out / "source", Task("source", TEMPLATE, WORDS[5]), {"examples": source})
-    for domain in TASK_DOMAINS:
-        splits = {split: write_reviews(domain, 1000, rng) for split in ("train", "test")}
-        write_task(out / domain, Task(domain, TEMPLATE, WORDS[5]), splits)
-
-    write_task(out / "corpus", Task("corpus", TEMPLATE, WORDS[5]), {"train": corpus})
-    for name, arguments in DEMO.items():
-        write_json(out / f"{name}.json", arguments)
-
-    shape = "--d-model 64 --d-ff 128 --heads 4 --layers 2 --max-length 48"
-    how = f"--batch-size 32 --labelled 32 --excerpts 0.25 --max-steps {steps} --eval-every {steps}"
-    machine = "--learning-rate 0.02 --dtype float32 --threads 1 --restart"
-    corpus = ["--corpus", f"{out}/corpus/train.jsonl", "--task", f"{out}/corpus"]
-    words = ["pretrain", *corpus, "--out", f"{out}/t5"]
-    words += f"{shape} {how} {machine}".split()
-    print(f"$ python data.py {' '.join(words)}", flush=True)
-    main(words)
-
-    config = out / "cluster.json"
-    print(f"$ python cluster.py --config {config}", flush=True)
-    script = Path(__file__).with_name("cluster.py")
-    subprocess.run([sys.executable, script, "--config", config], check=True)
-
-
-# The arguments that suit a T5 of this size, for each script; {here} is the folder they lie in.
-SMALL = {"model": "{here}/t5", "prompt_length": 20, "max_length": 128, "threads": 1}
-META = {**SMALL, "source": "{here}/source/clustered.jsonl", "validation": 400}
-TUNE = {
-    **SMALL,
-    "task": [f"{{here}}/{domain}" for domain in TASK_DOMAINS],
-    "out": "{here}/results.jsonl",
-}
-DEMO = {
-    "cluster": {
-        "source": "{here}/source/examples.jsonl",
-        "out": "{here}/source/clustered.jsonl",
-        "encoder": "{here}/t5",
-        "k": 4,
-    },
-    "maml": {
-        **META,
-        "method": "maml",
-        "out": "{here}/maml",
-        "max_steps": 1000,
-        "eval_every": 50,
-        "tasks_per_pass": 4,
-    },
-    "ppt": {**META, "method": "ppt", "out": "{here}/ppt", "max_steps": 4000, "eval_every": 200},
-    "pt": {**TUNE, "method": "pt", "prompt": ["random", "{here}/ppt", "{here}/maml"]},
-    "ft": {**TUNE, "method": "ft", "learning_rate": 0.001},
-}
-
-
-def demo_stands(out):
-    """Whether the demo is in a folder, whole: what is written last is there."""
-    return Path(out, "source", "clustered.jsonl").exists()
-
-
-def demo(out="demo", steps=1500, restart=False):
-    """Makes the offline demo in the folder `out` where it is not there yet; returns the folder."""
-    out = Path(out)
-    if not restart and demo_stands(out):
-        return out
-
-    print(
-        f"Making the offline demo in {out}/: reviews written by a small grammar in {len(DOMAINS)} "
-        "domains and a tiny T5 pre-trained on them.\nNothing is downloaded; it takes about a "
-        "minute.",
-        flush=True,
-    )
-    try_place(out / "t5" / "config.json")
-    (out / "source" / "clustered.jsonl").unlink(missing_ok=True)  # until it is whole again
-    try:
-        write_demo(out, steps)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; the same command makes the demo again from its beginning")
-
-    return out
-
-
 # -------------------------------------------------- The command line, the same for every script
+
+CONTINUES = "the same command, without --restart, continues"
+BEGIN_ANEW = "--restart begins anew"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help texts that end in their defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1445,202 +912,152 @@ class Parser(argparse.ArgumentParser):
     one line."""
 
     def __init__(self, description=None, **kwargs):
-        form = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            description=description, allow_abbrev=False, formatter_class=form, **kwargs
+            description=description, allow_abbrev=False, formatter_class=Help, **kwargs
         )
 
-    def add(self, flag, help, default=None, **kwargs):
-        """Adds a flag whose help ends in its default."""
-        if default not in (None, False):
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            help += f" (default: {shown})"
-        self.add_argument(flag, help=help.replace("%", "%%"), default=default, **kwargs)
-
-    def add_switch(self, flag, help):
-        """Adds a flag without a value."""
-        self.add(flag, help, False, action="store_true")
-
-    def add_setting(self, flag, help, settings, **kwargs):
-        """Adds a flag whose default depends on the method: settings[method][flag]."""
-        name = flag.lstrip("-").replace("-", "_")
-        defaults = [f"{method} {values[name]}" for method, values in settings.items()]
-        self.add(flag, f"{help} (default: {', '.join(defaults)})", **kwargs)
-
-    def add_config_flag(self):
+    def add_config(self):
         """The flag that parse() reads first."""
-        self.add(
+        self.add_argument(
             "--config",
-            "a JSON file of flags, as arguments.json of an earlier run; flags given beside it win, "
-            "and {here} in it is its folder",
             metavar="FILE",
+            help="a JSON file of flags, as arguments.json of an earlier run; flags given beside it "
+            "win, and {here} in it is its folder",
         )
 
-    def add_device_flag(self):
-        """The flag whose default parse() finds, since it takes PyTorch."""
-        self.add("--device", "cpu or cuda (default: cuda where there is a GPU)", type=device)
-
-    def add_machine_flags(self, max_length=MAX_LENGTH):
-        """The flags that say where and how a script computes."""
-        self.add_device_flag()
-        self.add("--threads", "CPU threads (default: as PyTorch chooses)", type=whole(1))
-        self.add(
-            "--max-length", "tokens of a text at most; the rest is cut", max_length, type=whole(1)
+    def add_machine(self):
+        """The flags that say where a script computes."""
+        machine = self.add_argument_group("the machine")
+        machine.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+        machine.add_argument(
+            "--threads", type=number(1), help="CPU threads (default: as PyTorch chooses)"
         )
-
-    def add_prompt_flags(self):
-        """The flags of the scripts that train a prompt."""
-        self.add_machine_flags()
-        self.add("--prompt-length", "vectors of a random prompt", 100, type=whole(1))
-        dtypes = ["float32", "bfloat16", "float64"]
-        self.add(
-            "--dtype", "of T5's weights; the prompt is float32 always", "float32", choices=dtypes
-        )
-        precision = "PyTorch's precision of float32 products; high is TF32 on a GPU"
-        self.add("--matmul", precision, "highest", choices=["highest", "high", "medium"])
-        self.add("--weight-decay", "of AdamW; the paper names none", 0.0, type=real(0))
-        self.add_switch("--restart", "begins anew where an earlier run could be continued")
+        return machine
 
     def parse(self, argv=None):
         """The arguments: those of the file --config first, so that others win. Raises InputError
         for that file."""
         argv = sys.argv[1:] if argv is None else argv
-        if "--config" in self._option_string_actions and not HELP:
-            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            first.add_argument("--config")
-            config = first.parse_known_args(argv)[0].config
-            if config:
-                self.prog += f" --config {config}"
-                argv = self.flags_of(config, argv) + argv
-
-        args = self.parse_args(argv)
-        if "device" in args:
-            args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if getattr(args, "threads", None):
-            torch.set_num_threads(args.threads)
-        if "matmul" in args:
-            torch.set_float32_matmul_precision(args.matmul)
-        if getattr(args, "device", None) == "cuda" and "LOCAL_RANK" in os.environ:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-        return args
-
-    def flags_of(self, config, argv):
-        """The flags that a JSON file of them stands for, without those that argv has too."""
-        settings = read_json(config, "give a file of flags")
-        known = {action.dest for action in self._actions} - {"help", "config"}
-        folder, flags = str(Path(config).parent), []
-        for name, value in settings.items():
-            flag = f"--{name.replace('_', '-')}"
-            if name not in known:
-                raise InputError(f"{config}: {self.prog} has no flag {flag}; remove it")
-
-            given = any(arg == flag or arg.startswith(f"{flag}=") for arg in argv)
-            if given or value is None or value is False:
-                continue
-
-            values = value if isinstance(value, list) else [value]
-            values = [str(one).replace("{here}", folder) for one in values]
-            if value is True:
-                flags.append(flag)
-            elif isinstance(value, list):
-                flags += [flag, *values]
-            else:
-                flags.append(f"{flag}={values[0]}")
-
-        return flags
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        config = first.parse_known_args(argv)[0].config
+        if config and not HELP:
+            self.prog += f" --config {config}"
+            argv = flags_in(config, argv) + list(argv)
+        return self.parse_args(argv)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
-# What a flag takes, for `type=`: the range of a number stands where the flag is declared.
+def flags_in(config, argv):
+    """The flags that a JSON file of them stands for, without those that argv has too. Raises
+    InputError."""
+    folder, flags = str(Path(config).parent), []
+    for name, value in read_json(config, "give a file of flags").items():
+        flag = f"--{name.replace('_', '-')}"
+        given = any(arg == flag or arg.startswith(f"{flag}=") for arg in argv)
+        if given or value is None or value is False:
+            continue
+        if value is True:
+            flags.append(flag)
+            continue
+
+        values = value if isinstance(value, list) else [value]
+        values = [str(one).replace("{here}", folder) for one in values]
+        flags += [flag, *values] if isinstance(value, list) else [f"{flag}={values[0]}"]
+
+    return flags
 
 
-def whole(least, most=2**63 - 1):
-    """A whole number from `least` to `most`."""
+def number(least, most=math.inf):
+    """What a flag takes: a number from `least` to `most`, a whole one where `least` is."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if least <= int(text) <= most:
-                return int(text)
-        limit = "" if most == 2**63 - 1 else f" and at most {most}"
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more{limit}")
+            value = type(least)(text)
+            known = type(least) is float or value < 2**63  # as large as PyTorch and NumPy take
+            if least <= value <= most and value < math.inf and known:
+                return value
+        kind = "a whole number" if type(least) is int else "a number"
+        limit = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
+        raise argparse.ArgumentTypeError(f"{text} is not {kind} {limit}")
 
     return parse
 
 
-def real(least, most=math.inf):
-    """A finite number from `least` to `most`; without `most`, `least` itself may be given too."""
+def existing(kind, *words):
+    """What a flag takes: a "file" or "folder" that is there, or one of `words`, which a folder in
+    reach is not taken for."""
 
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if least <= float(text) <= most and math.isfinite(float(text)):
-                return float(text)
-        limit = "" if most == math.inf else f" and at most {most}"
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}{limit}")
-
-    return parse
-
-
-def positive(text):
-    """A finite number above 0."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-
-
-def device(text):
-    """cpu, cuda, or cuda:1 and so on, where this PyTorch finds it."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
-    if text != "cpu" and not HELP and (torch.device(text).index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text}: this PyTorch finds no such GPU; give cpu")
-    return text
-
-
-def file(text):
-    """A file that is there."""
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder; give a file")
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text}: no such file")
-    return text
-
-
-def folder(text):
-    """A folder that is there."""
-    if Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text} is a file; give its folder")
-    if not Path(text).is_dir():
-        makers = "data.py makes tasks, train_meta.py prompts"
-        raise argparse.ArgumentTypeError(f"{text}: no such folder; {makers}")
-    return str(Path(text))  # without a slash at its end: results know a folder by its name
-
-
-def folder_or(*words):
-    """A folder that is there, or one of `words`, which a folder in reach is not taken for."""
-
-    def parse(text):
+        path = Path(text)
         if text in words:
             return text
-        found = folder(text)
-        return str(Path(found).absolute()) if found in words else found
+        if not path.exists():
+            makers = "" if kind == "file" else "; data.py makes tasks, train_meta.py prompts"
+            raise argparse.ArgumentTypeError(f"{text}: no such {kind}{makers}")
+        if kind != "either" and path.is_dir() != (kind == "folder"):
+            other = "a folder; give a file" if path.is_dir() else "a file; give its folder"
+            raise argparse.ArgumentTypeError(f"{text} is {other}")
+        # Without a slash at its end: results know a folder by its name.
+        return str(path.absolute() if str(path) in words else path)
 
     return parse
-
-
-def file_or_folder(text):
-    """A file or a folder that is there."""
-    return text if Path(text).is_dir() else file(text)
 
 
 def picture(text):
-    """A picture to write."""
+    """What a flag takes: a picture to write."""
     if Path(text).suffix not in (".png", ".pdf", ".svg"):
         raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg")
     return text
+
+
+def add_precision(machine):
+    """The flags that say in which precision a prompt's script computes."""
+    dtypes = ["float32", "bfloat16", "float64"]
+    kinds = ["highest", "high", "medium"]
+    add = machine.add_argument
+    add("--dtype", default="float32", choices=dtypes, help="of T5's weights; the prompt is float32")
+    add("--matmul", default="highest", choices=kinds, help="of float32 products; high is TF32")
+
+
+def set_machine(args):
+    """Sets the threads, the device and the precision that the arguments name. Raises InputError."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with blame(f"--device {args.device}", "give cpu or cuda", Exception):
+        torch.empty(0, device=args.device)
+    if args.device == "cuda" and rank_and_world()[1] > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(getattr(args, "matmul", "highest"))
+
+
+def fill(args, settings):
+    """The arguments, those that were not given taken from `settings`."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **settings, **given})
+
+
+def save_arguments(path, args):
+    """Writes the arguments that a script ran with as JSON, which scripts with --config read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {name: value for name, value in vars(args).items() if name not in ("config", "restart")}
+    write_json(path, kept)
+
+
+def check_same(place, before, now, longer=()):
+    """Raises InputError where facts that an earlier run left in `place` are not today's, and names
+    the first that differs; those named in `longer` may be larger than they were."""
+    for name, value in now.items():
+        known = before.get(name)
+        grown = name in longer and isinstance(known, int) and value >= known
+        if value != known and not grown:
+            raise InputError(
+                f"{place}: this run began with {name} {known}, not {value}; give that again to "
+                f"continue it, or another --out; {BEGIN_ANEW}"
+            )
 
 
 def save_figure(path, figure):
@@ -1664,13 +1081,11 @@ def try_place(path):
         pass
 
 
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
 def rank_and_world():
     """This process's number and how many processes torchrun started; 0 and 1 without it. Clusters
     set some of its variables too: only all of them count. Raises InputError."""
-    if any(name not in os.environ for name in TORCHRUN):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if any(name not in os.environ for name in names):
         return 0, 1
     try:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -1678,104 +1093,6 @@ def rank_and_world():
         raise InputError(
             "RANK and WORLD_SIZE must be numbers; start it with torchrun, or unset them"
         )
-
-
-def fill(args, settings):
-    """The arguments, those that were not given taken from `settings`."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    return argparse.Namespace(**{**vars(args), **settings, **given})
-
-
-def save_arguments(path, args):
-    """Writes the arguments that a script ran with as JSON, which scripts with --config read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: value for name, value in vars(args).items() if name not in ("config", "restart")}
-    write_json(path, kept)
-
-
-def check_arguments(path, args, more=()):
-    """Sets the number of threads: that of the run that would be continued, whose digits depend on
-    it. Raises InputError where that run had other arguments; those named in `more` may be larger
-    than they were."""
-    begun = path.exists() and not args.restart
-    before = read_json(path, "--restart begins anew") if begun else {}
-    args.threads = args.threads or before.get("threads") or torch.get_num_threads()
-    free = {"config", "restart", "device", "tasks_per_pass", "search"}
-    for name, value in vars(args).items():
-        known = before.get(name) if begun else value
-        longer = name in more and isinstance(known, int) and value >= known
-        if name not in free and value != known and not longer:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{path}: this run began with {flag} {before.get(name)}, not {value}; give that "
-                "again to continue it, or another --out, or --restart to begin anew"
-            )
-
-    with blame(path, "--restart begins anew", TypeError, RuntimeError):
-        torch.set_num_threads(args.threads)
-
-
-def save_state(out, tensors, optimizer, step, log, digests):
-    """Writes what a continued run needs, tensors and the optimizer's state, in one safetensors file
-    with numbers in its header; and the log, for a reader."""
-    tensors = dict(tensors)
-    for i, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{i}.{name}"] = torch.as_tensor(value)
-
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    header = {"facts": json.dumps({"step": step, "log": log, "digests": digests})}
-    path = out / "checkpoint.safetensors"
-    write_beside(path, lambda beside: save_file(tensors, beside, header))
-    write_examples(out / "log.jsonl", log)
-
-
-def load_state(out, tensors, optimizer, digests, restart):
-    """Puts tensors and optimizer back as save_state found them; returns the step and the log, or a
-    run's beginning where there is none. Raises InputError where it is broken, or was made from other
-    files or another T5."""
-    path = out / "checkpoint.safetensors"
-    if restart or not path.exists():
-        return 0, []
-
-    with blame(path, "--restart begins anew", TypeError, RuntimeError, AttributeError):
-        with safe_open(path, "pt") as file:
-            facts = parse_json(file.metadata()["facts"])
-            found = {name: file.get_tensor(name) for name in file.keys()}
-
-        step, log = facts["step"], facts["log"]
-        for line in log:
-            if type(step) is not int or line["step"] > step or not 0 <= line["accuracy"] <= 1:
-                raise ValueError("its log does not fit its step")
-
-        if not log or any(found[name].shape != tensor.shape for name, tensor in tensors.items()):
-            raise ValueError("it holds no evaluation, or tensors of another shape")
-
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(found[name])
-
-        state = collections.defaultdict(dict)
-        for name in found:
-            if name.startswith("optimizer."):
-                _, i, key = name.split(".")
-                state[int(i)][key] = found[name]
-
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
-
-    check_digests(out, facts.get("digests", {}), digests)
-    if rank_and_world()[0] == 0:
-        print(f"{out} stands at step {step:,}", flush=True)
-
-    return step, log
-
-
-def check_digests(out, before, now):
-    """Raises InputError where files or T5 of a run that is continued are not those it began with."""
-    for file, found in now.items():
-        if before.get(file) != found:
-            message = f"not the one that the run in {out} began with"
-            raise InputError(f"{file}: {message}; give another --out or --restart")
 
 
 def provenance(device, *files):
@@ -1794,24 +1111,29 @@ def provenance(device, *files):
         "device": torch.cuda.get_device_name() if gpu else platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
         "commit": commit,
-        "digests": {str(file): digest(file) for file in files},
+        "digests": {str(file): digest(Path(file)) for file in files},
     }
 
 
-def digest(path):
-    """The first 16 digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def digest(*parts):
+    """The first 16 digits of the SHA-256 of files (each a Path), texts and bytes."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                part = hashlib.file_digest(file, "sha256").digest()
+        hashed.update(part.encode() if isinstance(part, str) else part)
+    return hashed.hexdigest()[:16]
 
 
 def fingerprint(t5):
-    """The first 16 digits of the SHA-256 of a T5's weights, which tells it from another T5 that was
-    in the same folder. Of any --dtype the same."""
-    hashed = hashlib.sha256()
-    for _, weights in sorted(t5.named_parameters()):
-        weights = weights.detach().to("cpu", torch.bfloat16).contiguous()
-        hashed.update(weights.view(torch.int16).numpy())
-    return hashed.hexdigest()[:16]
+    """The digest of a T5's weights, which tells it from another T5 that was in the same folder. Of
+    any --dtype the same."""
+    weights = []
+    for _, values in sorted(t5.named_parameters()):
+        values = values.detach().to("cpu", torch.bfloat16).contiguous()
+        weights.append(values.view(torch.int16).numpy())
+    return digest(*weights)
 
 
 @contextlib.contextmanager
@@ -1833,23 +1155,39 @@ def stop_signal():
         signal.raise_signal(stop[-1])
 
 
+def at_once(*commands):
+    """Runs commands of our scripts at once, each in a process of its own; ends with the first that
+    failed."""
+    processes = []
+    for place, words in enumerate(commands):
+        print(f"$ python {' '.join(map(str, words))}", flush=True)
+        words = [sys.executable, Path(__file__).with_name(words[0]), *words[1:]]
+        bars = {**os.environ, "TQDM_POSITION": str(place)}  # each bar in a line of its own
+        processes.append(subprocess.Popen(words, env=bars))
+
+    with stop_signal():  # which reaches the processes too, and these save what they have
+        statuses = [process.wait() for process in processes]
+    for status in filter(None, statuses):
+        sys.exit(status)
+
+
 def run(main):
     """Runs a script's main; bad input ends in one line on standard error and exit status 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # no work is lost to a console that has no such letter
             stream.reconfigure(errors="replace")
-    if not HELP:  # the scripts have their own bars, and errors of one line
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
+    if HELP:
+        return main()
+
+    transformers.utils.logging.disable_progress_bar()  # the scripts have their own
+    transformers.utils.logging.set_verbosity_error()
     try:
         if rank_and_world() == (0, 1) and not {"RANK", "WORLD_SIZE"}.isdisjoint(os.environ):
             message = "RANK or WORLD_SIZE is set, but not by torchrun: this is the only process"
             print(message, file=sys.stderr)
         main()
         sys.stdout.flush()
-    except SystemExit:  # after --help, for one, where InputError is not imported
-        raise
     except BrokenPipeError:  # whoever read this, `head` say, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -1874,122 +1212,92 @@ def end(message, status):
 
 def add_convert(command):
     """The flags of `convert`."""
-    command.add_argument("dataset", choices=DATASETS)
-    source = "the official file, or the folder of them"
-    command.add("--input", source, required=True, type=file_or_folder)
-    command.add("--out", "the task folder to write", required=True, metavar="FOLDER")
-    share = "where there is no test file: the share of the training split to test on"
-    command.add("--test-share", share, 0.0, type=real(0, 0.9))
+    add = command.add_argument
+    add("dataset", choices=DATASETS)
+    kind = existing("either")
+    add("--input", required=True, type=kind, help="the official file, or the folder of them")
+    add("--out", required=True, metavar="FOLDER", help="the task folder to write")
+    add(
+        "--test-share",
+        type=number(0.0, 0.9),
+        default=0.0,
+        help="where there is no test file: the share of the training split to test on",
+    )
 
 
 def add_labeller(command):
     """The flags of `labeller`."""
-    base = "a sequence classifier's base by hub name or folder"
-    validation = "training examples to validate on where there is no validation.jsonl"
-    command.add("--task", "the task to train on", required=True, type=folder, metavar="FOLDER")
-    command.add("--model", base, "FacebookAI/roberta-base")
-    command.add("--out", "the folder to write", required=True, metavar="FOLDER")
-    command.add("--learning-rate", "AdamW's", 2e-5, type=positive)
-    command.add("--warmup", "steps up to the learning rate; it then falls", 500, type=whole(1))
-    command.add("--batch-size", "examples of a step", 32, type=whole(1))
-    command.add("--max-epochs", "epochs at most", 3, type=whole(1))
-    command.add("--max-steps", "steps at most (default: as --max-epochs says)", type=whole(1))
-    command.add("--eval-every", "steps between validations", 1000, type=whole(1))
-    command.add("--patience", "validations without a better one until it stops", 5, type=whole(1))
-    command.add("--validation", validation, 5000, type=whole(1))
-    command.add_switch("--restart", "replaces the labeller that stands in --out")
-    command.add("--seed", "of every draw", 1, type=whole(0))
-    command.add_machine_flags()
+    add = command.add_argument
+    add("--task", required=True, type=existing("folder"), metavar="FOLDER", help="to train on")
+    add("--model", default="FacebookAI/roberta-base", help="its base, by hub name or folder")
+    add("--out", required=True, metavar="FOLDER", help="the folder to write")
+    add("--restart", action="store_true", help="replaces the labeller that stands in --out")
+    add("--learning-rate", type=number(1e-12), default=2e-5, help="AdamW's")
+    add("--warmup", type=number(1), default=500, help="steps up to it; it then falls")
+    add("--batch-size", type=number(1), default=32, help="examples of a step")
+    add("--max-epochs", type=number(1), default=3, help="epochs")
+    add("--eval-every", type=number(1), default=1000, help="steps between validations")
+    add(
+        "--validation",
+        type=number(1),
+        default=5000,
+        help="training examples to validate on where there is no validation.jsonl",
+    )
+    add("--max-length", type=number(1), default=MAX_LENGTH, help="tokens of a text at most")
+    add("--seed", type=number(0), default=1, help="of every draw")
+    command.add_machine()
 
 
 def add_pseudo_label(command):
     """The flags of `pseudo-label`."""
-    corpus = "OpenWebText's tar, other tars of .txt files, .txt or .jsonl files; packed or not"
-    sure = "the least probability to keep a text: one value, or one for each class"
-    many = "examples of each class at most (default: as many as the smallest class has)"
-    labeller = "the folder that `labeller` wrote"
-    command.add("--labeller", labeller, required=True, type=folder, metavar="FOLDER")
-    command.add("--corpus", corpus, required=True, nargs="+", type=file, metavar="FILE")
-    command.add("--out", "the source folder to write", required=True, metavar="FOLDER")
-    command.add("--unit", "what becomes an example", "sentence", choices=list(UNITS))
-    command.add("--share", "the share of the documents to read", 1.0, type=real(0, 1))
-    command.add("--min-words", "shorter texts are dropped", 5, type=whole(1))
-    command.add("--max-words", "longer texts are dropped", 200, type=whole(1))
-    command.add("--confidence", sure, [0.9], type=real(0, 1), nargs="+")
-    command.add("--per-class", many, type=whole(1))
-    command.add("--batch-size", "texts of a forward pass", 64, type=whole(1))
-    command.add_switch("--restart", "begins anew where an earlier run could be continued")
-    command.add("--seed", "of the draw that balances", 1, type=whole(0))
-    command.add_machine_flags()
-
-
-def add_pretrain(command):
-    """The flags of `pretrain`."""
-    corpus = "text to pre-train on, in the form that pseudo-label takes"
-    task = "tasks whose examples are a part of it, as text"
-    held_out = "examples of a task to validate on where there is no validation.jsonl"
-    command.add("--corpus", corpus, required=True, nargs="+", type=file, metavar="FILE")
-    command.add("--task", task, required=True, nargs="+", type=folder, metavar="FOLDER")
-    command.add("--out", "the folder to write", required=True, metavar="FOLDER")
-    apart = (
-        "tasks to keep out of it: texts that share eight words in a row with theirs are dropped; "
-        "it takes some 10 KB of memory for each of their texts"
+    add = command.add_argument
+    folder = existing("folder")
+    add("--labeller", required=True, type=folder, metavar="FOLDER", help="what `labeller` wrote")
+    add(
+        "--corpus",
+        required=True,
+        nargs="+",
+        type=existing("file"),
+        metavar="FILE",
+        help="OpenWebText's tar, other tars of .txt files, .txt or .jsonl files; packed or not",
     )
-    command.add("--exclude", apart, nargs="+", type=folder, metavar="FOLDER")
-    command.add("--pieces", "of the tokenizer", 8000, type=whole(1))
-    command.add("--d-model", "width of the T5", 192, type=whole(1))
-    command.add("--d-ff", "width of its feed-forward layers", 512, type=whole(1))
-    command.add("--heads", "its attention heads", 3, type=whole(1))
-    command.add("--layers", "of the encoder", 3, type=whole(1))
-    command.add("--decoder-layers", "of the decoder", 1, type=whole(1))
-    command.add("--max-steps", "steps", 4000, type=whole(1))
-    command.add("--batch-size", "windows of the corpus in a step", 16, type=whole(1))
-    command.add("--labelled", "labelled examples in a step", 64, type=whole(1))
-    command.add("--excerpts", "share of them cut to 1 to 3 sentences", 0.5, type=real(0, 1))
-    command.add("--learning-rate", "Adafactor's", 0.01, type=positive)
-    command.add("--warmup", "steps up to the learning rate; it then falls", 100, type=whole(1))
-    command.add("--eval-every", "steps between validations", 250, type=whole(1))
-    command.add("--validation", held_out, 500, type=whole(1))
-    dtypes = ["float32", "bfloat16"]
-    command.add("--dtype", "of the products (default: the faster one here)", choices=dtypes)
-    command.add_switch("--restart", "begins anew where an earlier run could be continued")
-    command.add("--seed", "of the weights and of every draw", 1, type=whole(0))
-    command.add_machine_flags(64)
-
-
-def add_demo(command):
-    """The flags of `demo`."""
-    command.add("--out", "the folder to write", "demo", metavar="FOLDER")
-    command.add("--max-steps", "steps of pre-training its T5", 1500, type=whole(1))
-    command.add_switch("--restart", "makes it anew")
+    add("--out", required=True, metavar="FOLDER", help="the source folder to write")
+    add("--restart", action="store_true", help="labels anew")
+    add("--unit", default="sentence", choices=list(UNITS), help="what becomes an example")
+    add("--share", type=number(0.0, 1.0), default=1.0, help="of the documents, to read")
+    add("--min-words", type=number(1), default=5, help="shorter texts are dropped")
+    add("--max-words", type=number(1), default=200, help="longer texts are dropped")
+    add(
+        "--confidence",
+        type=number(0.0, 1.0),
+        default=[0.9],
+        nargs="+",
+        help="the least probability to keep a text: one value, or one for each class",
+    )
+    add(
+        "--per-class",
+        type=number(1),
+        help="examples of each class at most (default: as many as the smallest class has)",
+    )
+    add("--batch-size", type=number(1), default=64, help="texts of a forward pass")
+    add("--max-length", type=number(1), default=MAX_LENGTH, help="tokens of a text at most")
+    add("--seed", type=number(0), default=1, help="of the draw that balances")
+    command.add_machine()
 
 
 def main(argv=None):
-    """Runs one of the five commands."""
+    """Runs one of the three commands."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_convert(commands.add_parser("convert", help="a dataset's official files as a task folder"))
     add_labeller(commands.add_parser("labeller", help="fine-tunes a sequence classifier on a task"))
     add_pseudo_label(commands.add_parser("pseudo-label", help="labels a corpus: source data"))
-    add_pretrain(commands.add_parser("pretrain", help="a small T5 from nothing"))
-    add_demo(commands.add_parser("demo", help="makes the offline demo"))
     args = parser.parse(argv)
     if args.command == "convert":
         try_place(Path(args.out) / "task.json")
-        convert(args.dataset, args.input, args.out, args.test_share)
-    elif args.command == "labeller":
-        train_labeller(args)
-    elif args.command == "pseudo-label":
-        pseudo_label(args)
-    elif args.command == "pretrain":
-        args.dtype = args.dtype or fast_dtype(args.device)
-        pretrain_t5(args)
-    else:
-        stood = demo_stands(args.out) and not args.restart
-        made = demo(args.out, args.max_steps, args.restart)
-        fate = "stands there already; --restart makes it anew" if stood else "is written"
-        scripts = f"train_meta.py --config {made}/maml.json, finetune.py --config {made}/pt.json"
-        print(f"{made}/ {fate}. Now python {scripts}")
+        return convert(args.dataset, args.input, args.out, args.test_share)
+    set_machine(args)
+    train_labeller(args) if args.command == "labeller" else pseudo_label(args)
 
 
 if __name__ == "__main__":

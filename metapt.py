@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -66,29 +67,27 @@ class Task:
     words: list[str]
 
     def __post_init__(self):
-        are_words = isinstance(self.words, list) and all(isinstance(w, str) for w in self.words)
-        if not are_words or not isinstance(self.name, str) or not isinstance(self.template, str):
-            raise InputError(
-                f"task {self.name}: name and template must be strings, and words a list of strings"
-            )
+        problem = self._problem()
+        if problem:
+            raise InputError(f"task {self.name}: {problem}")
 
+    def _problem(self):
+        """What is wrong with the task; None where nothing is."""
+        strings = [self.name, self.template, *self.words] if type(self.words) is list else [None]
+        if not all(isinstance(string, str) for string in strings):
+            return "name and template must be strings, and words a list of strings"
         if "/" in self.name:
-            raise InputError(f"task {self.name}: the name must not hold a slash")
-
+            return "the name must not hold a slash"
+        if len(self.words) < 2 or len(set(self.words)) < len(self.words):
+            return f"the words {self.words} must be two or more, all different"
         try:
             names = [name for _, name in self.parts() if name is not None]
         except ValueError as error:
-            raise InputError(f"task {self.name}: template {self.template!r} is broken: {error}")
-
+            return f"template {self.template!r} is broken: {error}"
         if names.count("mask") != 1 or "" in names or len(names) < 2:
-            raise InputError(
-                f"task {self.name}: the template {self.template!r} must hold {{mask}} once and a "
-                "field of the examples, as '{text} It was {mask}' does"
-            )
-
-        if len(self.words) < 2 or len(set(self.words)) < len(self.words):
-            raise InputError(
-                f"task {self.name}: the words {self.words} must be two or more, all different"
+            return (
+                f"the template {self.template!r} must hold {{mask}} once and a field of the "
+                "examples, as '{text} It was {mask}' does"
             )
 
     def parts(self):
@@ -104,6 +103,19 @@ class Task:
     def fields(self):
         """The keys of an example that the template reads."""
         return [name for _, name in self.parts() if name not in ("mask", None)]
+
+    def fill(self, example):
+        """H(x) as text, <X> in it, and where each field stands in it: (from, to) characters."""
+        text, places = "", []
+        for words, name in self.parts():
+            text += words
+            if name == "mask":
+                text = text.removesuffix(" ") + MASK  # a sentinel takes the space before it along
+            elif name is not None:
+                field = example[name].strip()
+                places.append((len(text), len(text) + len(field)))
+                text += field
+        return text, places
 
     @classmethod
     def load(cls, path):
@@ -150,7 +162,7 @@ class PromptedT5(torch.nn.Module):
 
         self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
-        known = self.mask_id not in (None, tokenizer.unk_token_id)
+        known = tokenizer(MASK, add_special_tokens=False).input_ids == [self.mask_id]
         complete = None not in (tokenizer.pad_token_id, tokenizer.eos_token_id)
         if not known or not complete or len(tokenizer) > t5.get_input_embeddings().num_embeddings:
             raise InputError(
@@ -158,13 +170,16 @@ class PromptedT5(torch.nn.Module):
                 "or more pieces than the model knows; give the model's own"
             )
 
-        self.special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        # T5's own tokenizer marks the beginning of any text as that of a word; a byte-level one
-        # reads the space before it.
-        first = tokenizer(task.words[0], add_special_tokens=False).input_ids[:1]
-        self.marks_words = "".join(tokenizer.convert_ids_to_tokens(first)).startswith(NEW_WORD)
+        special = {MASK, *tokenizer.all_special_tokens} - {tokenizer.unk_token}
+        self.special = re.compile("|".join(map(re.escape, special)))
+        # Some tokenizers read the space before a word, as a byte-level one does; T5's own marks the
+        # beginning of any text as that of a word.
+        pieces = tokenizer(task.words, add_special_tokens=False).input_ids
+        first = tokenizer.convert_ids_to_tokens(pieces[0][:1])
+        if not "".join(first).startswith(NEW_WORD):
+            spaced = [f" {word}" for word in task.words]
+            pieces = tokenizer(spaced, add_special_tokens=False).input_ids
 
-        pieces = self._tokenize([(" ", word) for word in task.words])
         problems = []
         for word, ids in zip(task.words, pieces):
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
@@ -175,7 +190,6 @@ class PromptedT5(torch.nn.Module):
         if problems:
             raise InputError(f"task {task.name}: {'; '.join(problems)}; choose other words")
 
-        self._check_template()
         start_id = t5.config.decoder_start_token_id
         start_id = t5.config.pad_token_id if start_id is None else start_id
         word_ids = torch.tensor(pieces)[:, 0]
@@ -188,6 +202,10 @@ class PromptedT5(torch.nn.Module):
     def device(self):
         return self.t5.device
 
+    def no_prompt(self):
+        """A prompt of no vectors, [0, d_model]."""
+        return torch.zeros(0, self.t5.config.d_model, device=self.device)
+
     def init_prompt(self, n_tokens=100, seed=1, init="vocab"):
         """A random prompt [n_tokens, d_model], float32: rows of the frozen embedding table
         (init="vocab"), or noise as large as they are (init="normal")."""
@@ -197,7 +215,7 @@ class PromptedT5(torch.nn.Module):
             noise = torch.randn(n_tokens, table.shape[1], generator=generator)
             return (noise * table.float().std()).to(self.device)
 
-        special = self.special_ids | {self.tokenizer.unk_token_id}
+        special = set(self.tokenizer.all_special_ids)
         known = min(len(self.tokenizer), len(table))
         words = torch.tensor([i for i in range(known) if i not in special])
         rows = words[torch.randint(len(words), (n_tokens,), generator=generator)]
@@ -208,7 +226,10 @@ class PromptedT5(torch.nn.Module):
         input_ids [B, L], attention_mask [B, L] and, where every example has one, labels [B].
         It stays on the CPU until it is used. Raises InputError for a label without a word."""
         ids = [torch.tensor(row) for row in self._fill(examples)]
-        batch = pad(ids, [torch.ones_like(row) for row in ids], self.tokenizer.pad_token_id)
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
         if all("label" in example for example in examples):
             labels = [example["label"] for example in examples]
             if not set(labels) <= set(range(len(self.task.words))):
@@ -217,111 +238,71 @@ class PromptedT5(torch.nn.Module):
 
         return batch
 
+    def batches(self, examples, size=64):
+        """Yields examples as encoded batches."""
+        for start in range(0, len(examples), size):
+            yield self.encode(examples[start : start + size])
+
     def _fill(self, examples):
         """H(x) (Section 3) of every example as token ids: the template around its fields, then
         </s>. Where that is longer than max_length, the longest field loses its end."""
-        rows = []
-        for parts, fields in self._parts_of(examples):
-            too_long = sum(map(len, parts)) + 1 - self.max_length
-            for _ in range(too_long):
-                longest = max(fields, key=len, default=[])
-                if not longest:
-                    raise InputError(
-                        f"the template of task {self.task.name} alone is longer than "
-                        f"{self.max_length} tokens; raise --max-length"
-                    )
-                longest.pop()
-            rows.append(sum(parts, []) + [self.tokenizer.eos_token_id])
+        filled = []
+        for example in examples:
+            fields = {name: self._plain(example[name]) for name in self.task.fields}
+            filled.append(self.task.fill(fields))
+
+        texts = [text for text, _ in filled]
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        for i, (text, places) in enumerate(filled):
+            ids = self._unmarked(rows[i], text)
+            too_long = len(ids) + 1 - self.max_length
+            if too_long > 0:
+                ids = self._unmarked(self._cut(text, places, too_long), text)
+            rows[i] = ids + [self.tokenizer.eos_token_id]
         return rows
 
-    def _parts_of(self, examples):
-        """The token ids of every part of H(x), for each example, and those of its fields alone."""
-        rows = [self._spans(example) for example in examples]
-        # One call for all texts, each of them once, takes a fifth of the time of a call for each.
-        texts = list(dict.fromkeys(span[:2] for row in rows for span in row))
-        ids = dict(zip(texts, self._tokenize(texts)))
-        for row in rows:
-            parts, fields = [], []
-            for space, text, is_field in row:
-                parts.append(ids[space, text])
-                if is_field:  # a text may spell </s>
-                    parts[-1] = [i for i in parts[-1] if i not in self.special_ids]
-                    fields.append(parts[-1])
-            yield parts, fields
+    def _plain(self, text):
+        """A text without what would be read as special tokens: it may spell </s>."""
+        while self.special.search(text):  # what is left may spell one again
+            text = self.special.sub("", text)
+        return text
 
-    def _spans(self, example):
-        """H(x) as a list of (white space, the text behind it, whether that is a field). The white
-        space is "" between two texts that touch, and None before the first."""
-        spans, space = [], None
-        for words, name in self.task.parts():
-            texts = [(words, False)]
-            if name == "mask":
-                texts.append((MASK, False))
-            elif name is not None:
-                texts.append((example[name].strip(), True))
-
-            for whole, is_field in texts:
-                text = whole.strip()
-                before, _, after = whole.partition(text) if text else (whole, "", "")
-                space = (space or "") + before if space is not None or before else None
-                if text == MASK and not is_field:  # a sentinel takes the space before it along
-                    if (space or "").removesuffix(" "):
-                        spans.append((space.removesuffix(" "), "", False))
-                    space = ""
-                if text:
-                    spans.append((space, text, is_field))
-                    space = after
-
-        return spans
-
-    def _tokenize(self, texts):
-        """The token ids of (white space, the text behind it) pairs."""
-        if not texts:
-            return []
-        if self.marks_words:
-            written = [text for _, text in texts]
-        else:
-            written = [(space or "") + text for space, text in texts]
-        rows = self.tokenizer(written, add_special_tokens=False, verbose=False).input_ids
-        if self.marks_words:
-            touching = [space == "" for space, _ in texts]
-            rows = [self._unmarked(ids) if touches else ids for ids, touches in zip(rows, touching)]
-        return rows
-
-    def _unmarked(self, ids):
-        """Token ids without the mark of a word's beginning, for a text that touches the one before,
-        as the full stop in "{mask}." does."""
-        first = self.tokenizer.convert_ids_to_tokens(ids[:1])
-        if not first or not first[0].startswith(NEW_WORD):
+    def _unmarked(self, ids, text):
+        """Token ids of H(x) without the mark of a word's beginning on what touches <X>, as the full
+        stop in "{mask}." does: T5's own tokenizer sets it behind <X> in any case."""
+        behind = text[text.index(MASK) + len(MASK) :]
+        if not behind or behind[0].isspace():
             return ids
-        piece = first[0].removeprefix(NEW_WORD)
-        if not piece:
-            return ids[1:]
 
-        inner = self.tokenizer.convert_tokens_to_ids(piece)
-        return ids if inner in (None, self.tokenizer.unk_token_id) else [inner] + ids[1:]
+        at = ids.index(self.mask_id) + 1
+        if at == len(ids):  # all that touched it is cut off
+            return ids
+        marked = self.tokenizer.convert_ids_to_tokens(ids[at])
+        if marked == NEW_WORD:
+            return ids[:at] + ids[at + 1 :]
+        inner = self.tokenizer.convert_tokens_to_ids(marked.removeprefix(NEW_WORD))
+        return ids if inner == self.tokenizer.unk_token_id else [*ids[:at], inner, *ids[at + 1 :]]
 
-    def _check_template(self):
-        """Raises InputError where the token ids of H(x) do not spell it: where spaces are lost, as
-        with a tokenizer that reads them in neither of the two ways."""
-        text = " ".join(self.task.words[:2])
-        example = dict.fromkeys(self.task.fields, text)
-        ((parts, _),) = self._parts_of([example])
-        ids = sum(parts, [])
-        normalizer = getattr(self.tokenizer, "backend_tokenizer", self.tokenizer).normalizer
-        wanted = self.task.template.format(**example, mask=MASK)
-        wanted = normalizer.normalize_str(wanted) if normalizer else wanted
-        found = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        # No piece stands for the space before a special token; white space of any kind is a space.
-        special = "|".join(map(re.escape, [MASK, *self.tokenizer.all_special_tokens]))
-        wanted, found = (
-            re.sub(rf" ({special})", r"\1", " ".join(s.split())) for s in (wanted, found)
-        )
-        if wanted.lower() != found.lower() and self.tokenizer.unk_token_id not in ids:
-            raise InputError(
-                f"task {self.task.name}: the tokenizer of {self.t5.config._name_or_path} reads "
-                f"{wanted!r} as {found!r}; write another template or give another T5"
-            )
+    def _cut(self, text, places, count):
+        """The token ids of H(x) without `count` of its fields' last, which stand at `places`."""
+        how = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": True}
+        tokens = self.tokenizer(text, **how)
+        fields = [[] for _ in places]
+        for i, (start, end) in enumerate(tokens.offset_mapping):
+            for field, (first, last) in zip(fields, places):
+                if start < last and end > first:
+                    field.append(i)
+
+        for _ in range(count):
+            longest = max(fields, key=len)
+            if not longest:
+                raise InputError(
+                    f"the template of task {self.task.name} alone is longer than "
+                    f"{self.max_length} tokens; raise max_length"
+                )
+            tokens.input_ids[longest.pop()] = None
+
+        return [piece for piece in tokens.input_ids if piece is not None]
 
     def forward(self, prompt, batch):
         """[P; H(x)] -> logits at <X>, [B, vocabulary], in float32 or float64.
@@ -426,12 +407,12 @@ def twice_differentiable(wanted):
 # ------------------------------------------------------------------------------- The same, faster
 
 
-def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, tasks_per_pass=None):
+def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, tasks_per_pass=4):
     """Equation 2's gradient, exact to the second order.
 
     prompt [n, d]; supports and queries: an encoded batch for each task. first_order treats
-    ∇_P L_Ti(f_P) as a constant, which drops the Hessian. tasks_per_pass tasks are worked on at once
-    (default: all), which bounds the memory and changes nothing else. Returns the gradient [n, d]
+    ∇_P L_Ti(f_P) as a constant, which drops the Hessian. tasks_per_pass tasks are worked on at once,
+    which bounds the memory and changes nothing else. Returns the gradient [n, d]
     and the summed query loss, both detached. Raises InputError where there are not as many supports
     as queries.
     """
@@ -439,7 +420,6 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
     if len(queries) != tasks:
         raise InputError(f"{tasks} supports and {len(queries)} queries: a task has one of each")
 
-    tasks_per_pass = tasks_per_pass or max(1, tasks)
     gradient, total = torch.zeros_like(prompt), prompt.new_zeros(())
     for start in range(0, tasks, tasks_per_pass):
         some = slice(start, start + tasks_per_pass)
@@ -474,7 +454,7 @@ def summed_loss(model, prompts, batches):
     depends on the others. Examples of about one length share a forward pass, whatever their task:
     padding is work that is thrown away. At t5-small's shape that takes a seventh off a step, and
     more where the T5 is smaller."""
-    batch = batches[0] if len(batches) == 1 else join(batches, model.tokenizer.pad_token_id)
+    batch = batches[0] if len(batches) == 1 else join(batches)
     sizes = torch.tensor([len(one["labels"]) for one in batches])
     task = torch.arange(len(batches)).repeat_interleave(sizes)  # of each example
 
@@ -492,23 +472,15 @@ def summed_loss(model, prompts, batches):
     return total
 
 
-def join(batches, pad_id):
+def join(batches):
     """Several batches as one, their rows in order, padded to the longest."""
-    ids, masks, labels = [], [], []
-    for batch in batches:
-        ids += batch["input_ids"].unbind()
-        masks += batch["attention_mask"].unbind()
-        labels.append(batch["labels"])
-    return {**pad(ids, masks, pad_id), "labels": torch.cat(labels)}
-
-
-def pad(ids, masks, pad_id):
-    """Rows of different lengths as one batch: input_ids [B, L] and attention_mask [B, L]."""
-    padded = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": padded(ids, batch_first=True, padding_value=pad_id),
-        "attention_mask": padded(masks, batch_first=True),
-    }
+    joined = {"labels": torch.cat([batch["labels"] for batch in batches])}
+    for name in ("input_ids", "attention_mask"):
+        rows = []
+        for batch in batches:
+            rows += batch[name].unbind()
+        joined[name] = pad_sequence(rows, batch_first=True)
+    return joined
 
 
 def select(batch, rows):
@@ -635,10 +607,7 @@ def load_prompt(folder, width=None):
     """The prompt [n, d_model] in a folder that save_prompt or PEFT wrote, and its facts: those of
     metapt.json where there is one, and `base_model`. Raises InputError, also where d_model is not
     `width`."""
-    folder, mend = Path(folder), "give a folder that train_meta.py or PEFT wrote"
-    if not (folder / "adapter_model.safetensors").exists() and any(folder.glob("adapter_model.*")):
-        mend = "save it again with safe_serialization=True: no pickle is read"
-        raise InputError(f"{folder}: it has no adapter_model.safetensors; {mend}")
+    folder, mend = Path(folder), "give a folder that save_prompt or PEFT wrote, as safetensors"
     config = read_json(folder / "adapter_config.json", mend)
     has_facts = (folder / "metapt.json").exists()
     facts = read_json(folder / "metapt.json", mend) if has_facts else {}
@@ -651,14 +620,12 @@ def load_prompt(folder, width=None):
             raise ValueError("not a soft prompt of shape [n, d_model]")
         if not prompt.isfinite().all():
             raise ValueError("its numbers are not finite")
-        for name in ("arguments", "settings", "digests"):
-            if not isinstance(facts.get(name, {}), dict):
-                raise ValueError(f"its metapt.json holds no {name}")
         if config.get("num_transformer_submodules", 1) != 1:
             raise ValueError("it has a part for the decoder: train it without")
         if config.get("num_virtual_tokens", len(prompt)) != len(prompt):
-            vectors = f"{config['num_virtual_tokens']} vectors, and {len(prompt)} are there"
-            raise ValueError(f"its adapter_config.json says {vectors}")
+            raise ValueError(
+                f"{len(prompt)} vectors, where its adapter_config.json says another number"
+            )
 
     base = config.get("base_model_name_or_path")
     if width and prompt.shape[1] != width:

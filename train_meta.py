@@ -13,15 +13,18 @@ command again continues.
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+    HELP = not {"-h", "--help"}.isdisjoint(sys.argv)
 
 import argparse
 import itertools
+import json
 import math
+import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +34,12 @@ import data
 
 if not data.HELP:
     import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
-    from metapt import Diverged, InputError, PromptedT5, Task, adapt, adapt_all, best_of
+    from metapt import Diverged, InputError, PromptedT5, Task, adapt, adapt_all, best_of, blame
     from metapt import linear_schedule, load_prompt, load_t5, meta_gradient, out_of_patience
-    from metapt import read_json, save_prompt, write_beside
+    from metapt import parse_json, read_json, save_prompt, write_beside
 
 # What Appendix A sets for each method; flags override it.
 MAML = {"learning_rate": 0.025, "max_steps": 20_000, "eval_every": 500, "patience": 6}  # A.3
@@ -93,13 +98,11 @@ def draw_batch(examples, size, seed, step):
     return [examples[i] for i in rng.choice(len(examples), size, replace=False)]
 
 
-def ppt_gradient(model, prompt, batch, size):
-    """The gradient that the PPT baseline descends (A.2), and the loss: of the mean over `size`
-    examples, of which `batch` (or None) holds a share."""
-    if batch is None:
-        return torch.zeros_like(prompt), torch.zeros((), device=prompt.device)
+def ppt_gradient(model, prompt, batch):
+    """The gradient that the PPT baseline descends (A.2), that of the batch's mean loss, and the
+    loss."""
     P = prompt.detach().requires_grad_()
-    loss = model.loss(P, batch, reduction="sum") / size
+    loss = model.loss(P, batch)
     (gradient,) = torch.autograd.grad(loss, P)
     return gradient, loss.detach()
 
@@ -138,17 +141,26 @@ def validate(model, prompt, held_out, alpha):
 def train(args):
     """One run from source data to the best prompt, in the folder args.out; returns its score."""
     out, ppt = Path(args.out), args.method == "ppt"
+    checkpoint = out / "checkpoint.safetensors"
+    begun = {} if args.restart or not checkpoint.exists() else read_checkpoint(checkpoint)
+    # A prompt's digits depend on the number of threads: a run goes on with that of its beginning.
+    args.threads = args.threads or begun.get("run", {}).get("--threads") or torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+
     m = M if ppt else args.batch_size  # PPT, whatever its batch, is scored on what MetaPT is
-    # PPT's schedule knows its end, so that more steps would be another run.
-    more = ["patience"] if ppt else ["patience", "max_steps"]
-    data.check_arguments(out / "arguments.json", args, more)
     task = Task.load(Path(args.source).parent)
     tasks, held_out, facts = read_source(args, task, m)
     model = PromptedT5(*load_t5(args.model, args.device, args.dtype), task, args.max_length)
-    facts["digests"][args.model] = facts["fingerprint"] = data.fingerprint(model.t5)
+    facts["fingerprint"] = data.fingerprint(model.t5)
+    run = {**deciding(args), **facts["digests"], args.model: facts["fingerprint"]}
+    # PPT's schedule knows its end, so that more steps would be another run.
+    longer = ["--patience"] if ppt else ["--patience", "--max-steps"]
+    if begun:
+        data.check_same(out, begun["run"], run, longer)
+
     held_out = [encode_held_out(model, examples, m, ppt) for examples in held_out]
-    data.try_place(out / "checkpoint.safetensors")
-    step, log = learn(args, model, tasks, held_out, facts)
+    data.try_place(checkpoint)
+    step, log = learn(args, model, tasks, held_out, facts, run, begun)
 
     best = log[best_of(log)]
     if data.rank_and_world()[0] == 0:
@@ -161,43 +173,45 @@ def train(args):
     return best
 
 
-def learn(args, model, tasks, held_out, facts):
+def learn(args, model, tasks, held_out, facts, run, begun):
     """The outer loop, from where the checkpoint stands; returns the last step and the log. Under
-    torchrun every process works on its share of a step's meta-tasks, or of PPT's batch."""
+    torchrun every process works on its share of a step's meta-tasks."""
     out, rank = Path(args.out), data.rank_and_world()[0]
     max_steps, first = limits(args, tasks)
     prompt = torch.nn.Parameter(start_prompt(model, args))
-    optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=0.0)
     best = prompt.detach().clone()
-    tensors, digests = {"prompt": prompt, "best": best}, facts["digests"]
-    step, log = data.load_state(out, tensors, optimizer, digests, args.restart)
+    step, log = load_state(out, begun, prompt, best, optimizer)
     all_reduce(torch.zeros(1, device=prompt.device))  # no process writes before all have read
     if rank == 0:
         if args.restart:
             (out / "checkpoint.safetensors").unlink(missing_ok=True)
         data.save_arguments(out / "arguments.json", args)
 
+    def save():
+        """Writes what a continued run needs, and the best prompt so far."""
+        if rank == 0:
+            save_state(out, run, prompt, best, optimizer, step, log)
+            score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
+            start = {"start_accuracy": log[0]["accuracy"]}
+            save_prompt(out, best, model.t5, **facts, **score, **start)
+
     stopped = False
     bar = tqdm(None, args.method, max_steps, initial=step, disable=rank > 0 or None)
     with data.stop_signal() as stop, bar:
         while True:
-            ended = step >= max_steps
-            evaluated = bool(log) and log[-1]["step"] == step  # a run may continue from one
-            due = not evaluated and (ended or step % args.eval_every == 0)
-            if due:
+            due = step % args.eval_every == 0 or step >= max_steps
+            if due and not (log and log[-1]["step"] == step):  # which may be where it continues
                 score = validate(model, prompt.detach(), held_out, args.alpha)
                 log.append({"step": step, **shared_mean(score, prompt)})
+                check_finite(out, step, torch.tensor(log[-1]["loss"]))
                 if best_of(log) == len(log) - 1:
                     best.copy_(prompt.detach())
                 show(bar, **log[-1])
+                save()
 
-            over = ended or out_of_patience(log, args.patience, first)
-            if due or stopped or over:  # over: what an earlier end did not write is mended
-                save(out, tensors, optimizer, step, log, model.t5, facts)
-            if stopped:
-                raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {data.CONTINUES}")
-            if over:
-                return step, log
+            if stopped or step >= max_steps or out_of_patience(log, args.patience, first):
+                break
 
             if args.method == "ppt":
                 factor = linear_schedule(step, max_steps)
@@ -206,11 +220,17 @@ def learn(args, model, tasks, held_out, facts):
             drawn = draw_encoded(args, model, tasks, step)
             gradient, loss = gradient_of(args, model, prompt, drawn)
             gradient, loss, stopped = all_reduce(gradient, loss, torch.tensor(float(bool(stop))))
-            check_finite(args, model, prompt, drawn, step, gradient, loss)
+            check_finite(out, step, gradient, loss)
             prompt.grad = gradient
             optimizer.step()  # P <- P - β ∇_P ..., by AdamW
             step += 1
             bar.update()
+
+        save()  # where it was stopped, and what an earlier end may not have written
+        if stopped:
+            raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {data.CONTINUES}")
+
+    return step, log
 
 
 def limits(args, tasks):
@@ -232,12 +252,11 @@ def show(bar, step, accuracy, loss, **others):
 
 def draw_encoded(args, model, tasks, step):
     """What this process works on in a step, encoded: the supports and the queries of its share of
-    the meta-tasks, or its share of PPT's batch."""
-    rank, world = data.rank_and_world()
+    the meta-tasks, or PPT's batch."""
     if args.method == "ppt":
-        batch = draw_batch(tasks[0], args.batch_size, args.seed, step)[rank::world]
-        return [model.encode(batch) if batch else None]
+        return [model.encode(draw_batch(tasks[0], args.batch_size, args.seed, step))]
 
+    rank, world = data.rank_and_world()
     drawn = draw(tasks, args.batch_size, args.seed, step)
     return [[model.encode(examples) for examples in side[rank::world]] for side in drawn]
 
@@ -245,7 +264,7 @@ def draw_encoded(args, model, tasks, step):
 def gradient_of(args, model, prompt, drawn):
     """What the outer loop descends, by the method of the run, and the loss."""
     if args.method == "ppt":
-        return ppt_gradient(model, prompt, *drawn, args.batch_size)
+        return ppt_gradient(model, prompt, *drawn)
     if args.method == "reptile":
         return reptile_gradient(model, prompt, *drawn, args.alpha), torch.zeros(())
     how = {"first_order": args.method == "fomaml", "tasks_per_pass": args.tasks_per_pass}
@@ -275,28 +294,13 @@ def shared_mean(score, prompt):
     return dict(zip(score, (all_reduce(values)[0] / world).tolist()))
 
 
-def check_finite(args, model, prompt, drawn, step, gradient, loss):
-    """Raises Diverged where the loss or the gradient of a step is not finite, and names the first
-    meta-task of this process for which that is so, and its examples."""
-    if gradient.isfinite().all() and loss.isfinite():
-        return
-
-    problem, (rank, world) = "a loss or a gradient is not finite", data.rank_and_world()
-    tasks = [] if args.method == "ppt" else zip(*drawn)
-    for i, batches in enumerate(tasks):
-        gradient, loss = gradient_of(args, model, prompt, [[batch] for batch in batches])
-        if not (gradient.isfinite().all() and loss.isfinite()):
-            ids = torch.cat([batch["input_ids"].flatten() for batch in batches])
-            text = model.tokenizer.decode(ids)
-            problem = (
-                f"the loss or gradient of meta-task {rank + i * world} is not finite on {text!r}"
-            )
-            break
-
-    raise Diverged(
-        f"step {step:,}: {problem}; {args.out} keeps the best prompt so far; lower --alpha or "
-        "--learning-rate and give --restart"
-    )
+def check_finite(out, step, *tensors):
+    """Raises Diverged where the loss or the gradient of a step is not finite."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise Diverged(
+            f"step {step:,}: a loss or a gradient is not finite; {out} keeps the best prompt so "
+            "far; lower --alpha or --learning-rate, or give another model, and --restart"
+        )
 
 
 def read_source(args, task, m):
@@ -333,6 +337,10 @@ def read_source(args, task, m):
         "arguments": vars(args),
         **data.provenance(args.device, args.source, Path(args.source).with_name("task.json")),
     }
+    # What trainings of one prompt share, so that a report can tell them from other prompts.
+    shared = deciding(args)
+    del shared["--seed"], shared["--threads"]
+    facts["recipe"] = data.digest(json.dumps([shared, facts["digests"]]))
     if data.rank_and_world()[0] == 0:
         print(
             f"{args.method} on {size:,} examples in {len(tasks)} clusters; "
@@ -343,11 +351,10 @@ def read_source(args, task, m):
     return [sum(tasks, [])] if args.method == "ppt" else tasks, held_out, facts
 
 
-def encode_held_out(model, examples, m, ppt, batch_size=64):
+def encode_held_out(model, examples, m, ppt):
     """A cluster's held-out examples, encoded: m of them to adapt on (none for PPT, which leaves the
     same out), and batches of the rest to score."""
-    batches = list(data.encoded(model, examples[m:], batch_size))
-    return None if ppt else model.encode(examples[:m]), batches
+    return None if ppt else model.encode(examples[:m]), list(model.batches(examples[m:]))
 
 
 def start_prompt(model, args):
@@ -357,17 +364,62 @@ def start_prompt(model, args):
     return load_prompt(args.init, model.t5.config.d_model)[0].to(model.device)
 
 
-def save(out, tensors, optimizer, step, log, t5, facts):
-    """Writes what a continued run needs, and the best prompt so far."""
-    if best_of(log) is None:
-        raise Diverged(f"step {step:,}: the validation loss is not finite; give another model")
-    if data.rank_and_world()[0] > 0:
-        return
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the checkpoint
 
+
+def save_state(out, run, prompt, best, optimizer, step, log):
+    """Writes what a continued run needs, in one safetensors file: the prompt, the best so far,
+    AdamW's two moments and its step; in the header the log and what decides about the run."""
     out.mkdir(parents=True, exist_ok=True)
-    data.save_state(out, tensors, optimizer, step, log, facts["digests"])
-    score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
-    save_prompt(out, tensors["best"], t5, **facts, **score, start_accuracy=log[0]["accuracy"])
+    adamw = optimizer.state[prompt] or {name: torch.zeros_like(prompt) for name in MOMENTS}
+    tensors = {"prompt": prompt.detach(), "best": best, **{name: adamw[name] for name in MOMENTS}}
+    tensors = {name: values.cpu().contiguous() for name, values in tensors.items()}
+    header = {"facts": json.dumps({"run": run, "step": step, "log": log})}
+    path = out / "checkpoint.safetensors"
+    write_beside(path, lambda beside: save_file(tensors, beside, header))
+    data.write_lines(out / "log.jsonl", log)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by PyTorch's names
+
+
+def read_checkpoint(path):
+    """The facts and the tensors of a checkpoint. Raises InputError."""
+    with blame(path, data.BEGIN_ANEW, TypeError, RuntimeError, AttributeError):
+        with safe_open(path, "pt") as file:
+            facts = parse_json(file.metadata()["facts"])
+            facts["tensors"] = {name: file.get_tensor(name) for name in file.keys()}
+
+        if type(facts["step"]) is not int or not facts["log"] or not facts["run"].items():
+            raise ValueError("it holds no evaluation, or does not say of which run it is")
+        for line in facts["log"]:
+            if line["step"] > facts["step"] or not 0 <= line["accuracy"] <= 1:
+                raise ValueError("its log does not fit its step")
+
+    return facts
+
+
+def load_state(out, begun, prompt, best, optimizer):
+    """Puts the prompts and AdamW back as a checkpoint has them, in place; returns the step and the
+    log, or a run's beginning where there is no checkpoint. Raises InputError."""
+    if not begun:
+        return 0, []
+
+    tensors, step = begun["tensors"], begun["step"]
+    with blame(out / "checkpoint.safetensors", data.BEGIN_ANEW):
+        if any(tensors[name].shape != prompt.shape for name in ("prompt", "best", *MOMENTS)):
+            raise ValueError("it holds tensors of another shape")
+
+    with torch.no_grad():
+        prompt.copy_(tensors["prompt"])
+        best.copy_(tensors["best"])
+
+    moments = {name: tensors[name].to(prompt.device) for name in MOMENTS}
+    state = {0: {"step": torch.tensor(float(step)), **moments}} if step else {}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if data.rank_and_world()[0] == 0:
+        print(f"{out} stands at step {step:,}", flush=True)
+    return step, begun["log"]
 
 
 def search(args):
@@ -403,44 +455,95 @@ def search(args):
         )
 
 
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the flags
+
+FREE = ("out", "config", "restart", "search", "device", "tasks_per_pass")  # decide no digit
+
+
+def deciding(args):
+    """{flag: its value} of those that decide about the prompt."""
+    kept = {name: value for name, value in vars(args).items() if name not in FREE}
+    return {f"--{name.replace('_', '-')}": value for name, value in kept.items()}
+
+
+def make_parser():
+    """The flags of this script."""
+    parser, number = data.Parser(__doc__), data.number
+    parser.add_config()
+    each = lambda name: f"{MAML[name]:,}, ppt {PPT[name]:,}"
+
+    add = parser.add_argument_group("where").add_argument
+    add(
+        "--source",
+        required=True,
+        type=data.existing("file"),
+        metavar="FILE",
+        help="source data with clusters, as cluster.py writes it",
+    )
+    add("--out", required=True, metavar="FOLDER", help="the prompt's folder")
+    add("--restart", action="store_true", help="begins anew where a run could be continued")
+    add("--model", default=data.MODEL, help="a T5 by hub name or folder")
+
+    add = parser.add_argument_group("the paper's").add_argument
+    add(
+        "--method",
+        default="maml",
+        choices=list(SETTINGS),
+        help="MetaPT; without its second order; Reptile; or the PPT baseline",
+    )
+    add("--alpha", type=number(1e-12), default=ALPHA, help="the inner loop's learning rate α")
+    add(
+        "--learning-rate",
+        type=number(1e-12),
+        help=f"AdamW's, the outer loop's β (default: {each('learning_rate')})",
+    )
+    add(
+        "--batch-size",
+        type=number(1),
+        default=M,
+        help="m, examples of a task to adapt on and another m to score (PPT: of a batch)",
+    )
+    add("--prompt-length", type=number(1), default=100, help="vectors of a random prompt")
+    start = data.existing("folder", "vocab", "normal")
+    add("--init", type=start, default="vocab", help="vocab, normal, or a prompt's folder")
+    add("--source-size", type=number(1), help="source examples to draw (default: all)")
+    add("--validation", type=number(1), default=640, help="examples held out, over all clusters")
+    add("--max-length", type=number(1), default=data.MAX_LENGTH, help="tokens of a text at most")
+    add("--search", action="store_true", help="tries A.3's learning rates, keeps the best")
+    add("--seed", type=number(0), default=1, help="of the random prompt, the split, every draw")
+
+    add = parser.add_argument_group("how long").add_argument
+    add("--max-steps", type=number(0), help=f"steps at most (default: {each('max_steps')})")
+    add("--eval-every", type=number(1), help=f"steps (default: {each('eval_every')})")
+    add(
+        "--patience",
+        type=number(1),
+        help=f"evaluations without a better one until it stops (default: {each('patience')})",
+    )
+
+    machine = parser.add_machine()
+    data.add_precision(machine)
+    machine.add_argument(
+        "--tasks-per-pass", type=number(1), default=4, help="meta-tasks at once (Reptile: all)"
+    )
+    return parser
+
+
 def main(argv=None):
     """Reads the flags and learns a prompt, or with --search one for every pair of rates."""
-    parser = data.Parser(__doc__)
-    parser.add_config_flag()
-    source = "source data with clusters, as cluster.py writes it"
-    method = "MetaPT; without its second order; Reptile; or the PPT baseline"
-    m = "m, examples of a task to adapt on and another m to score (PPT: of a batch)"
-    patience = "evaluations without a better one until the run stops"
-    whole, positive = data.whole, data.positive
-    parser.add("--source", source, required=True, type=data.file, metavar="FILE")
-    parser.add("--out", "the prompt's folder", required=True, metavar="FOLDER")
-    parser.add("--method", method, "maml", choices=list(SETTINGS))
-    parser.add("--model", "a T5 by hub name or folder", data.MODEL)
-    parser.add("--alpha", "the inner loop's learning rate α", ALPHA, type=positive)
-    parser.add_setting("--learning-rate", "AdamW's, the outer loop's β", SETTINGS, type=positive)
-    parser.add("--batch-size", m, M, type=whole(1))
-    parser.add_setting("--max-steps", "steps at most", SETTINGS, type=whole(0))
-    parser.add_setting("--eval-every", "steps between evaluations", SETTINGS, type=whole(1))
-    parser.add_setting("--patience", patience, SETTINGS, type=whole(1))
-    parser.add("--source-size", "draws so many source examples (default: all)", type=whole(1))
-    parser.add("--validation", "examples held out, evenly over clusters", 640, type=whole(1))
-    start = data.folder_or("vocab", "normal")
-    parser.add("--init", "the start: vocab, normal, or a prompt's folder", "vocab", type=start)
-    parser.add("--tasks-per-pass", "meta-tasks of a forward pass (Reptile: all)", 4, type=whole(1))
-    parser.add_switch("--search", "tries A.3's learning rates and keeps the best by validation")
-    parser.add("--seed", "of the random prompt, the split and every draw", 1, type=whole(0))
-    parser.add_prompt_flags()
-    args = parser.parse(argv)
+    args = make_parser().parse(argv)
     args = data.fill(args, SETTINGS[args.method])
+    data.set_machine(args)
+    if args.method == "ppt" and data.rank_and_world()[1] > 1:
+        raise InputError("--method ppt works in one process: start it without torchrun")
     search(args) if args.search else train(args)
 
 
 def main_demo():
-    """MetaPT and PPT on the offline demo, as the files demo/maml.json and demo/ppt.json say."""
-    folder = data.demo()
-    for method in ("maml", "ppt"):
-        print(f"$ python train_meta.py --config {folder / method}.json", flush=True)
-        main(["--config", f"{folder / method}.json"])
+    """MetaPT and PPT at once on the offline demo, as demo/maml.json and demo/ppt.json say."""
+    folder = runpy.run_path(str(Path(__file__).with_name("offline") / "demo.py"))["demo"]()
+    methods = ("maml", "ppt")
+    data.at_once(*(["train_meta.py", "--config", folder / f"{name}.json"] for name in methods))
     print("now: python finetune.py")
 
 

@@ -6,12 +6,12 @@ The inputs of the README's results on real text. From four downloads in the curr
     fudan-mtl-dataset.tar.gz        Amazon reviews of 14 domains, good, bad or unlabelled
     vaderSentiment-3.3.2.tar.gz     product reviews and editorials by the sentence, tweets: rated
 
-    python figures/real.py
+    python offline/real.py
 
 writes what data.py takes:
 
-    imdb-unlabelled.txt, amazon-unlabelled.jsonl     pretrain --corpus
-    tasks/stars, tasks/amazon-two, tasks/snippets    pretrain --task
+    imdb-unlabelled.txt, amazon-unlabelled.jsonl     small_t5.py --corpus
+    tasks/stars, tasks/amazon-two, tasks/snippets    small_t5.py --task
     open.jsonl                                       pseudo-label --corpus
 """
 
@@ -126,12 +126,12 @@ def main():
     # An unlabelled review may stand alone on its line.
     pairs = amazon_domains("unlabel", r"(?:([01])\t)?(.+)")
     unlabelled = [{"text": text} for text, _ in pairs]
-    data.write_examples("amazon-unlabelled.jsonl", unlabelled)
+    data.write_lines("amazon-unlabelled.jsonl", unlabelled)
     print(f"wrote amazon-unlabelled.jsonl: {len(unlabelled):,} reviews")
 
     drawn = random.Random(1).sample(unlabelled, min(6000, len(unlabelled)))
     tweets = [{"text": text} for text, _ in vader("tweets")]
-    data.write_examples("open.jsonl", tweets + drawn)
+    data.write_lines("open.jsonl", tweets + drawn)
     print(f"wrote open.jsonl: {len(tweets):,} tweets and {len(drawn):,} reviews")
 
 

@@ -1,0 +1,73 @@
+"""
+The demo several times, each with other seeds of everything: the reviews, the T5, the prompts and the
+draws. What one making shows may be its luck; this says what of it holds.
+
+    python offline/makings.py        # five makings, in makings/1 to makings/5
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import data
+from demo import ARGUMENTS, TASK_DOMAINS, demo
+from finetune import method_name, print_table, read_results
+
+
+def compare(scores, against="MetaPT"):
+    """Rows of a table: every method's mean and deviation over all runs, and what one of them is
+    ahead of it, with a 95 % t interval over the makings."""
+    table = [
+        ["method", *TASK_DOMAINS, *(f"{against} is ahead on {task} by" for task in TASK_DOMAINS)]
+    ]
+    for method in ("PT", "PPT", "MetaPT", "FT"):
+        line, gains = [method], []
+        for task in TASK_DOMAINS:
+            found = scores[task, method]
+            line.append(f"{found.mean():.2f} ± {found.std(ddof=1):.2f}")
+            gain = (scores[task, against] - found).mean(1)
+            half = stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5
+            low, high = gain.mean() - half, gain.mean() + half
+            gains.append(
+                f"{gain.mean():+.2f} [{low:+.2f}, {high:+.2f}]" if method != against else ""
+            )
+        table.append(line + gains)
+    return table
+
+
+def make_all(out, makings):
+    """Makes the demo and all its runs `makings` times, each with its own seeds of everything, in
+    folders in `out`. Returns {(task, method): accuracies in points, [makings, draws]}."""
+    scores = {}
+    for making in range(1, makings + 1):
+        folder = demo(out / str(making), making=making)
+        configs = {name: ["--config", folder / f"{name}.json"] for name in ARGUMENTS}
+        data.at_once(*(["train_meta.py", *configs[name]] for name in ("maml", "ppt")))
+        tasks = [["--task", folder / domain] for domain in TASK_DOMAINS]
+        for name in ("pt", "ft"):
+            data.at_once(*(["finetune.py", *configs[name], *task] for task in tasks))
+
+        for row in read_results(folder / "results.jsonl").values():
+            rows = scores.setdefault((row["task"], method_name(row)), {})
+            rows.setdefault(making, []).append(100 * row["accuracy"])
+
+    return {name: np.array(list(rows.values())) for name, rows in scores.items()}
+
+
+def main(argv=None):
+    """Makes the demo and its runs, and prints the table."""
+    parser = data.Parser(__doc__)
+    add = parser.add_argument
+    add("--out", default="makings", metavar="FOLDER", help="the folder to write")
+    add("--makings", type=data.number(2), default=5, help="times to make it")
+    args = parser.parse(argv)
+    scores = make_all(Path(args.out), args.makings)
+    title = f"{args.makings} makings: accuracy in points, mean ± sample standard deviation"
+    print_table(f"{title}; 95 % t intervals over the makings", compare(scores))
+
+
+if __name__ == "__main__":
+    data.run(main)
