@@ -295,49 +295,22 @@ def main(argv=None):
     """Reads the flags and makes the meta-tasks."""
     parser = data.Parser(__doc__)
     parser.add_config()
-    add, number = parser.add_argument, data.number
-    add(
-        "--source",
-        required=True,
-        type=data.existing("file"),
-        metavar="FILE",
-        help="the examples to cluster, JSON lines with a task.json beside them",
-    )
-    add("--out", metavar="FILE", help="to write (default: METHOD and K.jsonl beside the source)")
+    add, number, file = parser.add_argument, data.number, data.existing("file")
     methods = ["kmeans", "lda", "random", "label"]
+    encoder = "sentence-transformers/all-MiniLM-L6-v2"
+    least = "examples of a cluster at least (default: 640 / clusters + 8, as train_meta.py takes)"
+    picture = "draws the clusters by t-SNE of the embeddings, a panel for each k"
+    add("--source", required=True, type=file, metavar="FILE", help="examples, a task.json beside")
+    add("--out", metavar="FILE", help="to write (default: METHOD and K.jsonl beside the source)")
     add("--method", default="kmeans", choices=methods, help="how to cluster")
-    add(
-        "--k",
-        type=number(2),
-        default=[10],
-        nargs="+",
-        help="clusters; several write a file each",
-    )
-    add(
-        "--encoder",
-        default="sentence-transformers/all-MiniLM-L6-v2",
-        help="a sentence-BERT by hub name or folder",
-    )
-    add(
-        "--figure",
-        type=data.picture,
-        metavar="FILE",
-        help="draws the clusters by t-SNE of the embeddings, a panel for each k",
-    )
-    add(
-        "--min-size",
-        type=number(1),
-        help="examples that a cluster must have (default: 640 / clusters + 8, which train_meta.py "
-        "holds out and draws by default)",
-    )
+    add("--k", type=number(2), default=[10], nargs="+", help="clusters; several: a file each")
+    add("--encoder", default=encoder, help="a sentence-BERT by hub name or folder")
+    add("--figure", type=data.picture, metavar="FILE", help=picture)
+    add("--min-size", type=number(1), help=least)
     add("--drop-small", action="store_true", help="leaves smaller clusters out")
     add("--vocabulary", type=number(1), default=10_000, help="words that LDA and the report count")
-    add(
-        "--seed",
-        type=number(0, 2**31 - 1),  # FAISS takes no larger one
-        default=1,
-        help="of K-means, LDA, random clusters and t-SNE",
-    )
+    seed = number(0, 2**31 - 1)  # FAISS takes no larger one
+    add("--seed", type=seed, default=1, help="of K-means, LDA, random clusters and t-SNE")
     parser.add_machine()
     args = parser.parse(argv)
     if len(args.k) > 1 and (args.out or args.method == "label"):

@@ -78,7 +78,7 @@ if not HELP:
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 MAX_LENGTH = 256  # tokens of H(x); the paper names none
-TEMPLATE = "{text} It was {mask}"  # the paper's, Section 3
+TEMPLATE = "{text}. It was {mask}"  # the paper's, Section 3
 WORDS = {
     5: ["terrible", "bad", "okay", "good", "great"],
     3: ["bad", "okay", "good"],
@@ -584,22 +584,22 @@ def read_documents(path):
     one that is no UTF-8. Raises InputError where the file is broken or has no text at all."""
     # A TypeError comes from tarfile, where a gzip header is cut off.
     with blame(path, "give the whole file", TypeError, *BROKEN):
+        some = False
         if tarfile.is_tarfile(path):
             with open(path, "rb") as file:
-                yield from read_tar(file)
+                for document in read_tar(file):
+                    some = some or document is not None
+                    yield document
         else:
-            found = count = 0
+            plain = is_plain(path)
             with open_packed(path) as file:
                 for line in file:
-                    document = text_in(line, is_plain(path))
-                    count += 1
-                    found += document is not None
-                    if not found and count == 1000:
-                        break
+                    document = text_in(line, plain)
+                    some = some or document is not None
                     yield document
 
-            if not found:
-                raise ValueError("no line of it is text, or an object with one as its 'text'")
+        if not some:
+            raise ValueError("nothing in it is text, or an object with one as its 'text'")
 
 
 def text_in(content, plain):
@@ -918,20 +918,15 @@ class Parser(argparse.ArgumentParser):
 
     def add_config(self):
         """The flag that parse() reads first."""
-        self.add_argument(
-            "--config",
-            metavar="FILE",
-            help="a JSON file of flags, as arguments.json of an earlier run; flags given beside it "
-            "win, and {here} in it is its folder",
-        )
+        wins = "flags beside it win; {here} in it is its folder"
+        self.add_argument("--config", metavar="FILE", help=f"a JSON file of flags; {wins}")
 
     def add_machine(self):
         """The flags that say where a script computes."""
         machine = self.add_argument_group("the machine")
-        machine.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
-        machine.add_argument(
-            "--threads", type=number(1), help="CPU threads (default: as PyTorch chooses)"
-        )
+        add, threads = machine.add_argument, "CPU threads (default: as PyTorch chooses)"
+        add("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+        add("--threads", type=number(1), help=threads)
         return machine
 
     def parse(self, argv=None):
@@ -1020,6 +1015,13 @@ def add_precision(machine):
     add = machine.add_argument
     add("--dtype", default="float32", choices=dtypes, help="of T5's weights; the prompt is float32")
     add("--matmul", default="highest", choices=kinds, help="of float32 products; high is TF32")
+
+
+def add_start(group):
+    """The flags that say how a random prompt is drawn."""
+    add = group.add_argument
+    add("--prompt-length", type=number(1), default=100, help="vectors of a random prompt")
+    add("--init-scale", type=number(1e-12), default=1.0, help="what a random prompt is times")
 
 
 def set_machine(args):
@@ -1155,22 +1157,6 @@ def stop_signal():
         signal.raise_signal(stop[-1])
 
 
-def at_once(*commands):
-    """Runs commands of our scripts at once, each in a process of its own; ends with the first that
-    failed."""
-    processes = []
-    for place, words in enumerate(commands):
-        print(f"$ python {' '.join(map(str, words))}", flush=True)
-        words = [sys.executable, Path(__file__).with_name(words[0]), *words[1:]]
-        bars = {**os.environ, "TQDM_POSITION": str(place)}  # each bar in a line of its own
-        processes.append(subprocess.Popen(words, env=bars))
-
-    with stop_signal():  # which reaches the processes too, and these save what they have
-        statuses = [process.wait() for process in processes]
-    for status in filter(None, statuses):
-        sys.exit(status)
-
-
 def run(main):
     """Runs a script's main; bad input ends in one line on standard error and exit status 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1212,17 +1198,12 @@ def end(message, status):
 
 def add_convert(command):
     """The flags of `convert`."""
-    add = command.add_argument
+    add, either = command.add_argument, existing("either")
     add("dataset", choices=DATASETS)
-    kind = existing("either")
-    add("--input", required=True, type=kind, help="the official file, or the folder of them")
+    add("--input", required=True, type=either, help="the official file, or the folder of them")
     add("--out", required=True, metavar="FOLDER", help="the task folder to write")
-    add(
-        "--test-share",
-        type=number(0.0, 0.9),
-        default=0.0,
-        help="where there is no test file: the share of the training split to test on",
-    )
+    share = number(0.0, 0.9)
+    add("--test-share", type=share, default=0.0, help="of train, to test on where no test file is")
 
 
 def add_labeller(command):
@@ -1237,12 +1218,7 @@ def add_labeller(command):
     add("--batch-size", type=number(1), default=32, help="examples of a step")
     add("--max-epochs", type=number(1), default=3, help="epochs")
     add("--eval-every", type=number(1), default=1000, help="steps between validations")
-    add(
-        "--validation",
-        type=number(1),
-        default=5000,
-        help="training examples to validate on where there is no validation.jsonl",
-    )
+    add("--validation", type=number(1), default=5000, help="of train, where no validation file is")
     add("--max-length", type=number(1), default=MAX_LENGTH, help="tokens of a text at most")
     add("--seed", type=number(0), default=1, help="of every draw")
     command.add_machine()
@@ -1250,35 +1226,19 @@ def add_labeller(command):
 
 def add_pseudo_label(command):
     """The flags of `pseudo-label`."""
-    add = command.add_argument
-    folder = existing("folder")
+    add, file, folder = command.add_argument, existing("file"), existing("folder")
+    corpus = "OpenWebText's tar, other tars of .txt files, .txt or .jsonl files; packed or not"
+    sure = "the least probability to keep a text: one value, or one for each class"
     add("--labeller", required=True, type=folder, metavar="FOLDER", help="what `labeller` wrote")
-    add(
-        "--corpus",
-        required=True,
-        nargs="+",
-        type=existing("file"),
-        metavar="FILE",
-        help="OpenWebText's tar, other tars of .txt files, .txt or .jsonl files; packed or not",
-    )
+    add("--corpus", required=True, nargs="+", type=file, metavar="FILE", help=corpus)
     add("--out", required=True, metavar="FOLDER", help="the source folder to write")
     add("--restart", action="store_true", help="labels anew")
     add("--unit", default="sentence", choices=list(UNITS), help="what becomes an example")
     add("--share", type=number(0.0, 1.0), default=1.0, help="of the documents, to read")
     add("--min-words", type=number(1), default=5, help="shorter texts are dropped")
     add("--max-words", type=number(1), default=200, help="longer texts are dropped")
-    add(
-        "--confidence",
-        type=number(0.0, 1.0),
-        default=[0.9],
-        nargs="+",
-        help="the least probability to keep a text: one value, or one for each class",
-    )
-    add(
-        "--per-class",
-        type=number(1),
-        help="examples of each class at most (default: as many as the smallest class has)",
-    )
+    add("--confidence", type=number(0.0, 1.0), default=[0.9], nargs="+", help=sure)
+    add("--per-class", type=number(1), help="examples of each (default: as the smallest class has)")
     add("--batch-size", type=number(1), default=64, help="texts of a forward pass")
     add("--max-length", type=number(1), default=MAX_LENGTH, help="tokens of a text at most")
     add("--seed", type=number(0), default=1, help="of the draw that balances")

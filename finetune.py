@@ -307,7 +307,8 @@ def list_runs(args, tasks, prompts):
         for task, name, shots, seed in itertools.product(tasks, names, args.shots, args.seeds):
             start, facts = None, {"method": "ft"}
             if name == "random":
-                start = task["model"].init_prompt(settings["prompt_length"], seed)
+                how = (settings[flag] for flag in ("init", "init_scale"))
+                start = task["model"].init_prompt(settings["prompt_length"], seed, *how)
                 facts = {"method": "random"}
             elif method == "pt":
                 start, facts = prompts[name]
@@ -349,7 +350,10 @@ def one_run(args, run):
     how = {name: settings[name] for name in names} | {"seed": run["row"]["seed"]}
     weights = copy.deepcopy(model.t5.state_dict()) if start is None else None
     try:
-        if start is None and args.search:
+        if not training:  # 0 shots test the start, or with --method ft the T5, as it is
+            tuned = model.no_prompt() if start is None else start
+            course = {"epochs": 0, "seconds": 0.0}
+        elif start is None and args.search:
             tuned, course = model.no_prompt(), search(model, training, validation, **how)
         else:
             rate = settings["learning_rate"]
@@ -424,6 +428,7 @@ NAMES = {
     "random": "PT",
     "ppt": "PPT",
     "maml": "MetaPT",
+    "no inner step": "MetaPT, no inner step",
     "fomaml": "MetaPT, first-order",
     "reptile": "MetaPT, Reptile",
     "ft": "FT",
@@ -617,67 +622,55 @@ def agreement(examples, task):
 # The flags that decide about a result: a run with others is another run.
 DECIDING = (
     "model learning_rate batch_size patience max_epochs max_length validation_shots balanced "
-    "max_test dtype matmul prompt_length"
+    "max_test dtype matmul prompt_length init init_scale"
 ).split()
 
 
 def make_parser():
     """The flags of this script."""
     parser, number, folder = data.Parser(__doc__), data.number, data.existing("folder")
+    file, start = data.existing("file"), data.existing("folder", "random")
+    each = lambda name: f"(default: {SETTINGS['pt'][name]}, ft {SETTINGS['ft'][name]})"
     parser.add_config()
-    each = lambda name: f"{SETTINGS['pt'][name]}, ft {SETTINGS['ft'][name]}"
 
     add = parser.add_argument_group("where").add_argument
-    add("--task", nargs="+", type=folder, metavar="FOLDER", help="task folders")
-    start = data.existing("folder", "random")
-    add(
-        "--prompt",
-        default=["random"],
-        type=start,
-        nargs="+",
-        metavar="FOLDER",
-        help="where prompt tuning starts: random, or prompts' folders",
-    )
+    prompts = "where prompt tuning starts: random, or prompts' folders"
+    out = "results (default: results.jsonl), or with --predict labelled texts (default: shown)"
+    texts = "labels a .jsonl, or a text a line, by a prompt that --save kept or one for --task"
+    many = {"nargs": "+", "metavar": "FOLDER"}
+    add("--task", type=folder, **many, help="task folders")
+    add("--prompt", type=start, default=["random"], **many, help=prompts)
     add("--model", help=f"a T5 (default: the prompt's own, else {data.MODEL})")
-    add(
-        "--out",
-        metavar="FILE",
-        help="the results (default: results.jsonl); with --predict the labelled texts (default: "
-        "shown)",
-    )
+    add("--out", metavar="FILE", help=out)
     add("--restart", action="store_true", help="runs again what stands in --out")
     add("--save", metavar="FOLDER", help="keeps every tuned prompt in a folder here")
-    add(
-        "--predict",
-        type=data.existing("file"),
-        metavar="FILE",
-        help="labels a .jsonl, or a text a line, with a prompt that --save kept, or any prompt "
-        "for --task",
-    )
+    add("--predict", type=file, metavar="FILE", help=texts)
 
-    add = parser.add_argument_group("the paper's").add_argument
-    methods = list(SETTINGS)
+    paper = parser.add_argument_group("the paper's")
+    add, methods = paper.add_argument, list(SETTINGS)
+    shots = "training examples; 0: the start, or with --method ft the T5, as it is"
     add("--method", default=["pt"], choices=methods, nargs="+", help="prompt or full tuning")
-    add("--shots", type=number(1), default=[40], nargs="+", help="training examples")
+    add("--shots", type=number(0), default=[40], nargs="+", help=shots)
     add("--seeds", type=number(0), default=[1, 2, 3, 4, 5], nargs="+", help="one draw each")
     add("--validation-shots", type=number(1), help="validation examples (default: --shots)")
     add("--balanced", action="store_true", help="draws equally from every class")
     add("--max-test", type=number(1), help="tests on so many, drawn once (default: on all)")
-    add("--learning-rate", type=number(1e-12), help=f"AdamW's (default: {each('learning_rate')})")
+    add("--learning-rate", type=number(1e-12), help=f"AdamW's {each('learning_rate')}")
     add("--search", action="store_true", help=f"full tuning tries {RATES}, keeps the best")
-    add("--batch-size", type=number(1), help=f"of an update (default: {each('batch_size')})")
-    add("--prompt-length", type=number(1), default=100, help="vectors of a random prompt")
+    add("--batch-size", type=number(1), help=f"of an update {each('batch_size')}")
+    starts = ["vocab", "normal", "uniform"]
+    add("--init", default="vocab", choices=starts, help="how a random prompt is drawn")
+    data.add_start(paper)
     add("--max-length", type=number(1), help=f"tokens of a text (default: {data.MAX_LENGTH})")
 
     add = parser.add_argument_group("how long").add_argument
     add("--max-epochs", type=number(1), default=200, help="epochs at most, a validation each")
-    add("--patience", type=number(1), help=f"epochs without a better (default: {each('patience')})")
+    add("--patience", type=number(1), help=f"epochs without a better {each('patience')}")
 
     machine = parser.add_machine()
     data.add_precision(machine)
-    machine.add_argument(
-        "--accumulate", type=number(1), default=1, help="parts of a batch, where memory is short"
-    )
+    add = machine.add_argument
+    add("--accumulate", type=number(1), default=1, help="parts of a batch, where memory is short")
     return parser
 
 
@@ -716,12 +709,13 @@ def main(argv=None):
 def main_demo():
     """The offline demo: prompt tuning from three prompts and full tuning, as demo/pt.json and
     demo/ft.json say, on both tasks at once."""
-    folder = runpy.run_path(str(Path(__file__).with_name("offline") / "demo.py"))["demo"]()
+    offline = runpy.run_path(str(Path(__file__).with_name("offline") / "demo.py"))
+    folder = offline["demo"]()
     commands = []
     for method, test in itertools.product(SETTINGS, sorted(folder.glob("*/test.jsonl"))):
         config = folder / f"{method}.json"
         commands.append(["finetune.py", "--config", config, "--task", test.parent])
-    data.at_once(*commands)
+    offline["at_once"](*commands)
 
     order = lambda row: (row["task"], list(NAMES).index(row["method"]))
     rows = sorted(read_results(folder / "results.jsonl").values(), key=order)

@@ -10,7 +10,7 @@ into another project. From top to bottom:
     Appendix A            linear_schedule, best_of: what every training loop shares
     Files                 load_t5, save_prompt, load_prompt, JSON; errors of one line
 
-    task = Task("sst5", "{text} It was {mask}", ["terrible", "bad", "okay", "good", "great"])
+    task = Task("sst5", "{text}. It was {mask}", ["terrible", "bad", "okay", "good", "great"])
     model = PromptedT5(*load_t5("google-t5/t5-base"), task)
     prompt = model.init_prompt()
     supports = [model.encode(examples) for examples in m_examples_of_every_meta_task]
@@ -57,8 +57,8 @@ class Task:
     """A classification task as text (Section 3): H(x) is `template` filled in, and the label y is
     the word z = words[y].
 
-    `template` names {mask} once and any fields of an example: "{text} It was {mask}",
-    "{premise}? {mask}. {hypothesis}". Raises InputError where it does not, or where two words are
+    `template` names {mask} once and any fields of an example: "{text}. It was {mask}", whose full
+    stop is left out behind a text that ends in one, "{premise}? {mask}. {hypothesis}". Raises InputError where it does not, or where two words are
     the same.
     """
 
@@ -87,7 +87,7 @@ class Task:
         if names.count("mask") != 1 or "" in names or len(names) < 2:
             return (
                 f"the template {self.template!r} must hold {{mask}} once and a field of the "
-                "examples, as '{text} It was {mask}' does"
+                "examples, as '{text}. It was {mask}' does"
             )
 
     def parts(self):
@@ -108,7 +108,8 @@ class Task:
         """H(x) as text, <X> in it, and where each field stands in it: (from, to) characters."""
         text, places = "", []
         for words, name in self.parts():
-            text += words
+            # The paper's "I like this movie. It was <X>": no second full stop after one of the text's.
+            text += words[1:] if words[:1] == "." and text.endswith((".", "!", "?")) else words
             if name == "mask":
                 text = text.removesuffix(" ") + MASK  # a sentinel takes the space before it along
             elif name is not None:
@@ -163,6 +164,7 @@ class PromptedT5(torch.nn.Module):
         self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
         known = tokenizer(MASK, add_special_tokens=False).input_ids == [self.mask_id]
+        known = known and self.mask_id != tokenizer.unk_token_id
         complete = None not in (tokenizer.pad_token_id, tokenizer.eos_token_id)
         if not known or not complete or len(tokenizer) > t5.get_input_embeddings().num_embeddings:
             raise InputError(
@@ -206,20 +208,24 @@ class PromptedT5(torch.nn.Module):
         """A prompt of no vectors, [0, d_model]."""
         return torch.zeros(0, self.t5.config.d_model, device=self.device)
 
-    def init_prompt(self, n_tokens=100, seed=1, init="vocab"):
-        """A random prompt [n_tokens, d_model], float32: rows of the frozen embedding table
-        (init="vocab"), or noise as large as they are (init="normal")."""
+    def init_prompt(self, n_tokens=100, seed=1, init="vocab", scale=1.0):
+        """A random prompt [n_tokens, d_model], float32, times `scale`: rows of the frozen embedding
+        table (init="vocab"), noise as large as they are ("normal"), or Lester et al.'s (2021) even
+        one from -0.5 to 0.5 ("uniform")."""
         generator = torch.Generator().manual_seed(seed)
         table = self.t5.get_input_embeddings().weight.detach().cpu()
         if init == "normal":
             noise = torch.randn(n_tokens, table.shape[1], generator=generator)
-            return (noise * table.float().std()).to(self.device)
+            return (scale * noise * table.float().std()).to(self.device)
+        if init == "uniform":
+            noise = torch.rand(n_tokens, table.shape[1], generator=generator) - 0.5
+            return (scale * noise).to(self.device)
 
         special = set(self.tokenizer.all_special_ids)
         known = min(len(self.tokenizer), len(table))
         words = torch.tensor([i for i in range(known) if i not in special])
         rows = words[torch.randint(len(words), (n_tokens,), generator=generator)]
-        return table[rows].float().to(self.device)
+        return (scale * table[rows].float()).to(self.device)
 
     def encode(self, examples):
         """Examples (dicts with the template's fields and, where known, a `label`) as a batch:

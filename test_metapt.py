@@ -476,9 +476,25 @@ def test_a_sentinel_of_several_tokens_is_refused():
         pieces_of(with_names(tokenizer), "{text} {mask}", text="bad")
 
 
+@pytest.mark.parametrize("text", ["I like this movie", "fine .", "so?", "no way!", " it is. "])
+def test_h_of_x_is_the_papers_with_one_full_stop(text):
+    filled, ((start, end),) = Task("x", data.TEMPLATE, ["bad", "good"]).fill({"text": text})
+    stop = "" if text.strip()[-1] in ".!?" else "."
+    assert filled == f"{text.strip()}{stop} It was{metapt.MASK}"
+    assert filled[start:end] == text.strip()
+
+
+def test_a_random_prompt_may_be_even_and_small(tokenizer):
+    model = PromptedT5(make_t5(tokenizer), tokenizer, SENTIMENT)
+    for init in ("vocab", "normal", "uniform"):
+        prompt, small = (model.init_prompt(50, 1, init, scale) for scale in (1.0, 0.03))
+        torch.testing.assert_close(0.03 * prompt, small)
+    assert -0.5 <= prompt.min() < -0.45 and 0.45 < prompt.max() <= 0.5
+
+
 def test_truncation_cuts_the_text_and_never_the_template(tokenizer):
     pieces = pieces_of(tokenizer, data.TEMPLATE, 10, text="gripping plot " * 50)
-    assert pieces == ["gripping", "plot"] * 3 + ["it", "was", "<extra_id_0>", "</s>"]
+    assert pieces == "gripping plot gripping plot gripping . it was <extra_id_0> </s>".split()
     pieces = pieces_of(tokenizer, "{a} ? {mask} {b}", 10, a="plot " * 9, b="music bad")
     assert pieces == ["plot"] * 5 + ["?", "<extra_id_0>", "music", "bad", "</s>"]
     pieces = pieces_of(make_unigram_tokenizer(), "{text}. It was {mask}.", 8, text="plot " * 9)
@@ -1455,6 +1471,16 @@ def test_train_meta(world, tmp_path, method):
     check_same_bytes(tmp_path / "prompt", tmp_path / "again")
 
 
+def test_without_an_inner_step_the_gradient_is_the_querys(world, meta, tmp_path):
+    model, prompt, supports, queries, _ = meta
+    P = prompt.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sum(model.loss(P, query) for query in queries), P)
+    gradient, _ = meta_gradient(model, prompt, supports, queries, 0.0, first_order=True)
+    torch.testing.assert_close(gradient, expected)
+    learn(world, tmp_path / "run", alpha=0, max_steps=1)
+    assert load_prompt(tmp_path / "run")[1]["method"] == "no inner step"
+
+
 def test_support_query_and_held_out_examples_are_disjoint():
     examples = [{"text": str(i), "cluster": i % 3} for i in range(90)]
     tasks, held_out = train_meta.split_clusters(examples, validation=30, m=4, seed=1)
@@ -2014,6 +2040,19 @@ def test_pairs_and_choices_through_the_template_alone(tmp_path, tokenizer, task,
     assert prompt["method"] == "random" and prompt["words"] == task.words
 
 
+def test_no_shots_test_the_start_as_it_is(world, learned, tmp_path):
+    flags = {"shots": 0, "seeds": 1, "task": world / "books", "max_test": 30}
+    tune(world, tmp_path / "r.jsonl", prompt=["random", learned], **flags)
+    rows = tune(world, tmp_path / "r.jsonl", kind="ft", **flags)
+    model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT, 128)
+    test = read_lines(world / "books" / "test.jsonl")
+    test = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:30]]
+    starts = [model.init_prompt(3, 1), load_prompt(learned)[0], model.no_prompt()]
+    for row, start in zip(rows, starts, strict=True):
+        score = model.evaluate(start, list(model.batches(test)))
+        assert row["accuracy"] == pytest.approx(score["accuracy"]) and row["epochs"] == 0
+
+
 def test_macro_f1_is_the_mean_over_the_classes_that_occur():
     assert finetune.macro_f1([[3, 1, 0], [1, 0, 0], [0, 0, 0]]) == pytest.approx(0.75 / 2)
 
@@ -2233,7 +2272,6 @@ OF_TEXT = ("NUL", "Latin-1", "UTF-16")
 HARMLESS = dict.fromkeys(OF_TEXT[:2], "corpus.txt corpus.jsonl")
 HARMLESS["cut"] = "plain.txt corpus.txt corpus.jsonl"
 HARMLESS["empty"] = "train.jsonl plain.txt results.jsonl packed.jsonl.gz 000000.jsonl.gz"
-HARMLESS["zeros"] = "corpus.txt corpus.tar"  # as an empty tar has them
 NO_OBJECT = [b"{", b"[]", b"null", b'"x"', b"3", b"[" * 10**5, b'{"a":' * 10**5, b"9" * 9000]
 NO_OBJECT += [b'{"a": "\\ud800"}', b"{'a': 1}", b'{"a": 1}{}', b'{"a": "\x01"}', b'"' * 3]
 CHANGES = {  # of a good object's values
@@ -2243,7 +2281,7 @@ CHANGES = {  # of a good object's values
         {"template": "{text!r} {mask}"} | {"words": {"bad": 0, "good": 1}} | {"words": [1, 2]} |
         {"words": ["bad"]} | {"words": ["good", "good"]}""",
     "flags.json": """{"alpha": "x"} | {"alpha": [1, 2]} | {"alpha": true} | {"alpha": {}} |
-        {"alpha": 0} | {"alpha": NaN} | {"alpha": Infinity} | {"seed": 1.5} | {"seed": -1} |
+        {"alpha": -1} | {"alpha": NaN} | {"alpha": Infinity} | {"seed": 1.5} | {"seed": -1} |
         {"seed": 1000000000000000000000000000000} | {"max_steps": Infinity} | {"method": "sgd"} |
         {"method": []} | {"dtype": "int8"} | {"nothing": 1} | {"init": "vocabulary"}""",
     "source/blocks/settings.json": '{"labeller": {}} | {"corpus": 3}',

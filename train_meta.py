@@ -267,7 +267,9 @@ def gradient_of(args, model, prompt, drawn):
         return ppt_gradient(model, prompt, *drawn)
     if args.method == "reptile":
         return reptile_gradient(model, prompt, *drawn, args.alpha), torch.zeros(())
-    how = {"first_order": args.method == "fomaml", "tasks_per_pass": args.tasks_per_pass}
+    # Without an inner step there is no second order to compute.
+    first_order = args.method == "fomaml" or args.alpha == 0
+    how = {"first_order": first_order, "tasks_per_pass": args.tasks_per_pass}
     return meta_gradient(model, prompt, *drawn, args.alpha, **how)
 
 
@@ -329,7 +331,7 @@ def read_source(args, task, m):
     made = made.with_suffix(".json")  # cluster.py's arguments
     clustering = read_json(made, "make the clusters again").get("method") if made.exists() else None
     facts = {
-        "method": args.method,
+        "method": "no inner step" if args.method == "maml" and args.alpha == 0 else args.method,
         "clustering": clustering,
         "clusters": len(tasks),
         "source_size": len(examples),
@@ -357,10 +359,13 @@ def encode_held_out(model, examples, m, ppt):
     return None if ppt else model.encode(examples[:m]), list(model.batches(examples[m:]))
 
 
+STARTS = ("vocab", "normal", "uniform")
+
+
 def start_prompt(model, args):
     """A random prompt, or the one in the folder --init."""
-    if args.init in ("vocab", "normal"):
-        return model.init_prompt(args.prompt_length, args.seed, args.init)
+    if args.init in STARTS:
+        return model.init_prompt(args.prompt_length, args.seed, args.init, args.init_scale)
     return load_prompt(args.init, model.t5.config.d_model)[0].to(model.device)
 
 
@@ -469,43 +474,26 @@ def deciding(args):
 def make_parser():
     """The flags of this script."""
     parser, number = data.Parser(__doc__), data.number
+    file, start = data.existing("file"), data.existing("folder", *STARTS)
+    each = lambda name: f"(default: {MAML[name]:,}, ppt {PPT[name]:,})"
     parser.add_config()
-    each = lambda name: f"{MAML[name]:,}, ppt {PPT[name]:,}"
 
     add = parser.add_argument_group("where").add_argument
-    add(
-        "--source",
-        required=True,
-        type=data.existing("file"),
-        metavar="FILE",
-        help="source data with clusters, as cluster.py writes it",
-    )
+    add("--source", required=True, type=file, metavar="FILE", help="what cluster.py wrote")
     add("--out", required=True, metavar="FOLDER", help="the prompt's folder")
     add("--restart", action="store_true", help="begins anew where a run could be continued")
     add("--model", default=data.MODEL, help="a T5 by hub name or folder")
 
-    add = parser.add_argument_group("the paper's").add_argument
+    paper = parser.add_argument_group("the paper's")
+    add, methods = paper.add_argument, "MetaPT; without its second order; Reptile; the baseline PPT"
+    add("--method", default="maml", choices=list(SETTINGS), help=methods)
     add(
-        "--method",
-        default="maml",
-        choices=list(SETTINGS),
-        help="MetaPT; without its second order; Reptile; or the PPT baseline",
+        "--alpha", type=number(0.0), default=ALPHA, help="the inner loop's rate α; 0: no inner step"
     )
-    add("--alpha", type=number(1e-12), default=ALPHA, help="the inner loop's learning rate α")
-    add(
-        "--learning-rate",
-        type=number(1e-12),
-        help=f"AdamW's, the outer loop's β (default: {each('learning_rate')})",
-    )
-    add(
-        "--batch-size",
-        type=number(1),
-        default=M,
-        help="m, examples of a task to adapt on and another m to score (PPT: of a batch)",
-    )
-    add("--prompt-length", type=number(1), default=100, help="vectors of a random prompt")
-    start = data.existing("folder", "vocab", "normal")
-    add("--init", type=start, default="vocab", help="vocab, normal, or a prompt's folder")
+    add("--learning-rate", type=number(1e-12), help=f"AdamW's, β {each('learning_rate')}")
+    add("--batch-size", type=number(1), default=M, help="m, of support and of query; PPT's batch")
+    add("--init", type=start, default="vocab", help=f"{', '.join(STARTS)}, or a prompt's folder")
+    data.add_start(paper)
     add("--source-size", type=number(1), help="source examples to draw (default: all)")
     add("--validation", type=number(1), default=640, help="examples held out, over all clusters")
     add("--max-length", type=number(1), default=data.MAX_LENGTH, help="tokens of a text at most")
@@ -513,26 +501,24 @@ def make_parser():
     add("--seed", type=number(0), default=1, help="of the random prompt, the split, every draw")
 
     add = parser.add_argument_group("how long").add_argument
-    add("--max-steps", type=number(0), help=f"steps at most (default: {each('max_steps')})")
-    add("--eval-every", type=number(1), help=f"steps (default: {each('eval_every')})")
-    add(
-        "--patience",
-        type=number(1),
-        help=f"evaluations without a better one until it stops (default: {each('patience')})",
-    )
+    add("--max-steps", type=number(0), help=f"steps at most {each('max_steps')}")
+    add("--eval-every", type=number(1), help=f"steps {each('eval_every')}")
+    add("--patience", type=number(1), help=f"evaluations without a better {each('patience')}")
 
     machine = parser.add_machine()
     data.add_precision(machine)
-    machine.add_argument(
-        "--tasks-per-pass", type=number(1), default=4, help="meta-tasks at once (Reptile: all)"
-    )
+    add, passes = machine.add_argument, "meta-tasks at once (Reptile: all)"
+    add("--tasks-per-pass", type=number(1), default=4, help=passes)
     return parser
 
 
 def main(argv=None):
     """Reads the flags and learns a prompt, or with --search one for every pair of rates."""
-    args = make_parser().parse(argv)
+    parser = make_parser()
+    args = parser.parse(argv)
     args = data.fill(args, SETTINGS[args.method])
+    if args.method == "reptile" and args.alpha == 0:
+        parser.error("--alpha 0 goes nowhere with --method reptile")
     data.set_machine(args)
     if args.method == "ppt" and data.rank_and_world()[1] > 1:
         raise InputError("--method ppt works in one process: start it without torchrun")
@@ -541,9 +527,9 @@ def main(argv=None):
 
 def main_demo():
     """MetaPT and PPT at once on the offline demo, as demo/maml.json and demo/ppt.json say."""
-    folder = runpy.run_path(str(Path(__file__).with_name("offline") / "demo.py"))["demo"]()
-    methods = ("maml", "ppt")
-    data.at_once(*(["train_meta.py", "--config", folder / f"{name}.json"] for name in methods))
+    offline = runpy.run_path(str(Path(__file__).with_name("offline") / "demo.py"))
+    folder, methods = offline["demo"](), ("maml", "ppt")
+    offline["at_once"](*(["train_meta.py", "--config", folder / f"{m}.json"] for m in methods))
     print("now: python finetune.py")
 
 

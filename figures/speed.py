@@ -194,7 +194,7 @@ def make_examples(count, length, sst=False):
     rng, lengths = random.Random(0), itertools.cycle(SST.split() if sst else [length])
     examples = []
     for tokens in itertools.islice(lengths, count):
-        words = rng.choices(VOCABULARY, k=int(tokens) - 4)  # beside It, was, <X> and </s>
+        words = rng.choices(VOCABULARY, k=int(tokens) - 5)  # beside a stop, It, was, <X>, </s>
         examples.append({"text": " ".join(words), "label": rng.randrange(len(TASK.words))})
     return examples
 

@@ -5,7 +5,9 @@ source data of four domains in clusters, and two tasks of the other two.
     python offline/demo.py            # makes it in demo/; train_meta.py and finetune.py do so too
 """
 
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -150,6 +152,22 @@ def write_demo(out, steps, making):
 
     print(f"$ python cluster.py --config {out}/cluster.json", flush=True)
     cluster.main(["--config", f"{out}/cluster.json"])
+
+
+def at_once(*commands):
+    """Runs commands of our scripts at once, each in a process of its own; ends with the first that
+    failed."""
+    processes = []
+    for place, words in enumerate(commands):
+        print(f"$ python {' '.join(map(str, words))}", flush=True)
+        words = [sys.executable, Path(__file__).parents[1] / words[0], *words[1:]]
+        bars = {**os.environ, "TQDM_POSITION": str(place)}  # each bar in a line of its own
+        processes.append(subprocess.Popen(words, env=bars))
+
+    with data.stop_signal():  # which reaches the processes too, and these save what they have
+        statuses = [process.wait() for process in processes]
+    for status in filter(None, statuses):
+        sys.exit(status)
 
 
 def stands(out):

@@ -13,22 +13,23 @@ from scipy import stats
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import data
-from demo import ARGUMENTS, TASK_DOMAINS, demo
+from demo import ARGUMENTS, TASK_DOMAINS, at_once, demo
 from finetune import method_name, print_table, read_results
 
+METHODS = ["PT", "PPT", "MetaPT", "MetaPT, no inner step", "MetaPT, first-order", "FT"]
 
-def compare(scores, against="MetaPT"):
-    """Rows of a table: every method's mean and deviation over all runs, and what one of them is
-    ahead of it, with a 95 % t interval over the makings."""
-    table = [
-        ["method", *TASK_DOMAINS, *(f"{against} is ahead on {task} by" for task in TASK_DOMAINS)]
-    ]
-    for method in ("PT", "PPT", "MetaPT", "FT"):
+
+def compare(scores, against):
+    """Rows of a table: each method's mean and deviation over all runs of a task, in points, and how
+    far it is ahead of the method `against`, with a 95 % t interval over the makings. scores:
+    {(task, method): accuracies in points, [makings, draws]}."""
+    table = [["method", *TASK_DOMAINS, *(f"{task}, ahead of {against}" for task in TASK_DOMAINS)]]
+    for method in METHODS:
         line, gains = [method], []
         for task in TASK_DOMAINS:
             found = scores[task, method]
             line.append(f"{found.mean():.2f} ± {found.std(ddof=1):.2f}")
-            gain = (scores[task, against] - found).mean(1)
+            gain = (found - scores[task, against]).mean(1)
             half = stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5
             low, high = gain.mean() - half, gain.mean() + half
             gains.append(
@@ -39,16 +40,20 @@ def compare(scores, against="MetaPT"):
 
 
 def make_all(out, makings):
-    """Makes the demo and all its runs `makings` times, each with its own seeds of everything, in
-    folders in `out`. Returns {(task, method): accuracies in points, [makings, draws]}."""
+    """Makes the demo, its prompts and two more of MetaPT's kin, and all runs, `makings` times in
+    folders in `out`. Returns the scores that compare() takes."""
     scores = {}
     for making in range(1, makings + 1):
         folder = demo(out / str(making), making=making)
-        configs = {name: ["--config", folder / f"{name}.json"] for name in ARGUMENTS}
-        data.at_once(*(["train_meta.py", *configs[name]] for name in ("maml", "ppt")))
-        tasks = [["--task", folder / domain] for domain in TASK_DOMAINS]
-        for name in ("pt", "ft"):
-            data.at_once(*(["finetune.py", *configs[name], *task] for task in tasks))
+        config = {name: ["--config", folder / f"{name}.json"] for name in ARGUMENTS}
+        maml = ["train_meta.py", *config["maml"]]
+        at_once(maml, ["train_meta.py", *config["ppt"]])
+        kin = {"plain": ["--alpha", 0], "fomaml": ["--method", "fomaml"]}
+        at_once(*([*maml, *flags, "--out", folder / name] for name, flags in kin.items()))
+
+        prompts = ["random", *(folder / name for name in ("ppt", "maml", "plain", "fomaml"))]
+        for flags in ([*config["pt"], "--prompt", *prompts], config["ft"]):
+            at_once(*(["finetune.py", *flags, "--task", folder / task] for task in TASK_DOMAINS))
 
         for row in read_results(folder / "results.jsonl").values():
             rows = scores.setdefault((row["task"], method_name(row)), {})
@@ -58,7 +63,7 @@ def make_all(out, makings):
 
 
 def main(argv=None):
-    """Makes the demo and its runs, and prints the table."""
+    """Makes the demo and its runs, and prints the tables."""
     parser = data.Parser(__doc__)
     add = parser.add_argument
     add("--out", default="makings", metavar="FOLDER", help="the folder to write")
@@ -66,7 +71,8 @@ def main(argv=None):
     args = parser.parse(argv)
     scores = make_all(Path(args.out), args.makings)
     title = f"{args.makings} makings: accuracy in points, mean ± sample standard deviation"
-    print_table(f"{title}; 95 % t intervals over the makings", compare(scores))
+    for against in ("PT", "MetaPT"):
+        print_table(f"{title}; 95 % t intervals over the makings", compare(scores, against))
 
 
 if __name__ == "__main__":

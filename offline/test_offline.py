@@ -84,16 +84,16 @@ def test_another_making_has_other_seeds_of_everything(tmp_path, monkeypatch):
 
 def test_makings_are_compared_over_makings():
     scores = {}
-    for shift, method in enumerate(("PT", "PPT", "MetaPT", "FT")):
+    for shift, method in enumerate(makings.METHODS):
         for task in demo.TASK_DOMAINS:
             scores[task, method] = np.array([[50.0, 52.0], [60.0, 62.0], [55.0, 57.0]]) + shift
     scores["books", "PT"] = scores["books", "MetaPT"] - np.array([[1.0], [2.0], [3.0]])
-    rows = {row[0]: row for row in makings.compare(scores)[1:]}
+    rows = {row[0]: row for row in makings.compare(scores, "MetaPT")[1:]}
     deviation = np.std([50, 52, 60, 62, 55, 57], ddof=1)
     assert rows["MetaPT"][1] == f"58.00 ± {deviation:.2f}" and rows["MetaPT"][3] == ""
     half = 4.302653 / 3**0.5  # t of two degrees of freedom, a deviation of 1, three makings
-    assert rows["PT"][3] == f"+2.00 [{2 - half:+.2f}, {2 + half:+.2f}]"
-    assert rows["PPT"][4] == "+1.00 [+1.00, +1.00]"
+    assert rows["PT"][3] == f"-2.00 [{-2 - half:+.2f}, {-2 + half:+.2f}]"
+    assert rows["PPT"][4] == "-1.00 [-1.00, -1.00]"
 
 
 # ----------------------------------------------------------------------------- A small T5 from nothing
