@@ -2040,6 +2040,20 @@ def test_pairs_and_choices_through_the_template_alone(tmp_path, tokenizer, task,
     assert prompt["method"] == "random" and prompt["words"] == task.words
 
 
+def test_dropout_is_for_full_tuning_alone(tokenizer, monkeypatch):
+    model, examples, seen = (
+        PromptedT5(make_t5(tokenizer), tokenizer, SENTIMENT),
+        make_examples(8),
+        [],
+    )
+    loss = model.loss
+    seeing = lambda *args: seen.append(model.t5.training) or loss(*args)
+    monkeypatch.setattr(model, "loss", seeing)
+    for start in (model.init_prompt(3), None):
+        finetune.tune(model, start, examples, examples, max_epochs=1)
+    assert seen == [False, True]
+
+
 def test_no_shots_test_the_start_as_it_is(world, learned, tmp_path):
     flags = {"shots": 0, "seeds": 1, "task": world / "books", "max_test": 30}
     tune(world, tmp_path / "r.jsonl", prompt=["random", learned], **flags)
