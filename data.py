@@ -58,12 +58,15 @@ from tqdm import tqdm
 
 # A script that is asked for --help says so at its top: PyTorch and transformers, which take seconds
 # to import, are not needed for it.
-HELP = getattr(sys.modules["__main__"], "HELP", False)
+SCRIPT = sys.modules["__main__"]
+HELP = getattr(SCRIPT, "HELP", False)
+if hasattr(SCRIPT, "HELP") and not HELP and sys.stderr.isatty():
+    print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
 
 # A folder beside the scripts, as --out peft/mine makes one, is an empty package to Python, and
 # would be taken for the library of its name where that is not installed.
 for beside in Path(__file__).parent.iterdir():
-    if beside.is_dir() and beside.name.isidentifier():
+    if beside.is_dir() and beside.name.isidentifier() and beside.name != "demo":  # which is ours
         found = importlib.util.find_spec(beside.name)
         if found and found.origin is None:
             sys.modules[beside.name] = None

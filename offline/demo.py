@@ -5,8 +5,14 @@ source data of four domains in clusters, and two tasks of the other two.
     python offline/demo.py            # makes it in demo/; train_meta.py and finetune.py do so too
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +99,7 @@ def write_reviews(domain, count, rng):
     return reviews
 
 
-# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the arguments that suit a T5 of this size
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - the arguments that suit a T5 of this size
 
 # {here} is the folder that the arguments lie in.
 SMALL = {"model": "{here}/t5", "prompt_length": 20, "max_length": 128, "threads": 1}
@@ -140,18 +146,20 @@ def write_demo(out, steps, making):
             arguments = {**arguments, "seeds": list(range(5 * making - 4, 5 * making + 1))}
         write_json(out / f"{name}.json", arguments)
 
-    where = f"--corpus {out}/corpus/train.jsonl --task {out}/corpus --out {out}/t5 --restart"
+    where = ["--corpus", f"{out}/corpus/train.jsonl", "--task", f"{out}/corpus"]
+    where += ["--out", f"{out}/t5", "--restart"]
     shape = "--d-model 64 --d-ff 128 --heads 4 --layers 2 --max-length 48"
     how = f"--batch-size 32 --labelled 32 --excerpts 0.25 --max-steps {steps} --eval-every 100"
     machine = f"--learning-rate 0.02 --dtype float32 --threads 1 --seed {making}"
-    flags = f"{where} {shape} {how} {machine}"
-    print(f"$ python offline/small_t5.py {flags}", flush=True)
-    small_t5.main(flags.split())
+    flags = where + f"{shape} {how} {machine}".split()
+    print(f"$ python offline/small_t5.py {shlex.join(flags)}", flush=True)
+    small_t5.main(flags)
 
     import cluster  # which takes seconds
 
-    print(f"$ python cluster.py --config {out}/cluster.json", flush=True)
-    cluster.main(["--config", f"{out}/cluster.json"])
+    flags = ["--config", f"{out}/cluster.json"]
+    print(f"$ python cluster.py {shlex.join(flags)}", flush=True)
+    cluster.main(flags)
 
 
 def at_once(*commands):

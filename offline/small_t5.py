@@ -7,6 +7,11 @@ by T5's span corruption, and from labelled tasks by the objective of Section 3.
 It takes minutes, and is made anew where it was stopped.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import collections
 import itertools
 import json
@@ -19,15 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -166,16 +164,17 @@ def pretrain(t5, draw, optimizer, steps, rate, dtype):
         yield span_loss.item(), label_loss.item(), tokens
 
 
-# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run
 
 
 def make_t5(args):
-    """Pre-trains a small T5 on a corpus and on labelled tasks, and writes it to args.out in the form
-    in which any T5 is loaded. Raises InputError."""
+    """Pre-trains a small T5 on a corpus and on labelled tasks, and writes it to args.out in the
+    form in which any T5 is loaded. Raises InputError."""
     out, tasks = Path(args.out), [Task.load(folder) for folder in args.task]
     data.try_place(out / "config.json")
     if (out / "config.json").exists() and not args.restart:
-        raise InputError(f"{out}: a model stands there already; give another --out, or --restart")
+        mend = "give another --out, or --restart to replace it"
+        raise InputError(f"{out}: a model stands there already; {mend}")
 
     excluded = runs_of_tasks(args.exclude or [])
     splits = []
@@ -202,6 +201,21 @@ def make_t5(args):
     dtype = getattr(torch, args.dtype or fast_dtype(args.device))
     rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, args.warmup)
     steps = pretrain(t5, draw, optimizer, range(args.max_steps), rate, dtype)
+    log = make_steps(args, steps, partial(validate, t5, models, held_out, validations, dtype))
+
+    data.save_model(out, t5, tokenizer)
+    data.write_lines(out / "log.jsonl", log)
+    data.save_arguments(out / "arguments.json", args)
+    size = sum(values.numel() for values in t5.parameters()) / 1e6
+    print(
+        f"wrote {out}: a T5 of {size:.2f} million parameters after {args.max_steps:,} steps; held "
+        f"out: loss {log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
+    )
+
+
+def make_steps(args, steps, validate):
+    """Makes the steps; returns the validations, of each its step, scores and speed. Raises Diverged
+    where a loss is not finite."""
     log, began, seen = [], time.time(), 0
     bar = tqdm(steps, "pretrain", args.max_steps, unit=" steps", disable=None)
     for step, (_, _, tokens) in enumerate(bar, 1):
@@ -209,20 +223,14 @@ def make_t5(args):
         if step % args.eval_every and step < args.max_steps:
             continue
 
-        log.append({"step": step, **validate(t5, models, held_out, validations, dtype)})
+        log.append({"step": step, **validate()})
         if not math.isfinite(log[-1]["loss"] + log[-1]["label_loss"]):
-            raise Diverged(f"{out}: step {step:,}: the loss is not finite; lower --learning-rate")
+            mend = "the loss is not finite; lower --learning-rate"
+            raise Diverged(f"{args.out}: step {step:,}: {mend}")
         log[-1]["tokens_per_second"] = round(seen / (time.time() - began))
         tqdm.write(" ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
 
-    data.save_model(out, t5, tokenizer)
-    data.write_lines(out / "log.jsonl", log)
-    data.save_arguments(out / "arguments.json", args)
-    size = sum(values.numel() for values in t5.parameters()) / 1e6
-    print(
-        f"wrote {out}: a T5 of {size:.2f} million parameters after {step:,} steps; held out: loss "
-        f"{log[-1]['loss']:.2f}, accuracy at the mask {log[-1]['accuracy']:.1%}"
-    )
+    return log
 
 
 def labelled_splits(args, folder, task, excluded):

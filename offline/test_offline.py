@@ -1,4 +1,4 @@
-"""The sanity checks of this folder: the demo, the small T5, the inputs of the study on real text."""
+"""The sanity checks of this folder: the demo, the small T5, the inputs of real text."""
 
 import io
 import json
@@ -31,14 +31,15 @@ def read_lines(path):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """The demo, its T5 hardly trained, and a tenth of its corpus as a task."""
-    folder = demo.demo(tmp_path_factory.mktemp("world") / "demo", steps=3)
-    corpus = read_lines(folder / "corpus" / "train.jsonl")[::10]
+    """The demo, its T5 hardly trained, in a folder with a space in its name; and an eleventh of
+    its corpus as a task."""
+    folder = demo.demo(tmp_path_factory.mktemp("world") / "a demo", steps=3)
+    corpus = read_lines(folder / "corpus" / "train.jsonl")[::11]  # of all grades: they come in turn
     data.write_task(folder / "few", SENTIMENT, {"train": corpus})
     return folder
 
 
-# ------------------------------------------------------------------------------------------- The demo
+# ----------------------------------------------------------------------------------------- The demo
 
 
 def test_the_demo_holds_tasks_from_other_domains(world):
@@ -96,7 +97,7 @@ def test_makings_are_compared_over_makings():
     assert rows["PPT"][4] == "-1.00 [-1.00, -1.00]"
 
 
-# ----------------------------------------------------------------------------- A small T5 from nothing
+# -------------------------------------------------------------------------- A small T5 from nothing
 
 
 def test_learn_tokenizer_keeps_words_whole():
@@ -154,6 +155,16 @@ def test_excerpts_are_one_to_three_sentences():
     assert found == {1, 2, 3}
 
 
+def test_labelled_examples_are_drawn_from_every_class_alike_and_a_share_is_cut():
+    many, one = [{"text": "One. Two. Three. Four.", "label": 0}] * 99, {"text": "x", "label": 1}
+    by_class, rng = small_t5.classes_of([*many, one]), np.random.default_rng(0)
+    drawn = small_t5.draw_labelled(by_class, ["text"], 2000, 0.25, rng)
+    first = [example for example in drawn if example["label"] == 0]
+    assert len(first) / 2000 == pytest.approx(0.5, abs=0.05)
+    cut = sum(example["text"] != many[0]["text"] for example in first)
+    assert cut / len(first) == pytest.approx(0.25, abs=0.05)
+
+
 def test_word_runs_see_through_the_forms_of_a_treebank():
     plain = small_t5.word_runs("We don't think it's the best film (of the year) in any way.")
     treebank = small_t5.word_runs("We do n't think it 's the best film -- of the year in any way .")
@@ -162,13 +173,13 @@ def test_word_runs_see_through_the_forms_of_a_treebank():
 
 
 def make_t5(world, out, *switches, **flags):
-    words = f"--corpus {world}/few/train.jsonl --task {world}/few --out {out} --validation 40"
-    words += " --d-model 16 --d-ff 16 --heads 2 --layers 1 --pieces 300 --dtype float32"
-    words += " --max-steps 6 --eval-every 4 --batch-size 4 --labelled 4"
+    where = ["--corpus", f"{world}/few/train.jsonl", "--task", f"{world}/few", "--out", str(out)]
+    words = "--d-model 16 --d-ff 16 --heads 2 --layers 1 --pieces 300 --dtype float32"
+    words += " --validation 40 --max-steps 6 --eval-every 4 --batch-size 4 --labelled 4"
     more = []
     for name, value in flags.items():
         more += [f"--{name.replace('_', '-')}", str(value)]
-    small_t5.main([*words.split(), *more, *switches])
+    small_t5.main([*where, *words.split(), *more, *switches])
 
 
 def test_a_t5_is_made_replaced_and_depends_on_its_seed(world, tmp_path):
@@ -202,8 +213,8 @@ def test_a_t5_that_cannot_be_made_leaves_nothing(world, tmp_path, flags, message
 def test_what_shares_words_with_an_excluded_task_is_left_out(world, tmp_path, capsys):
     make_t5(world, tmp_path / "t5", exclude=world / "books")
     printed = capsys.readouterr().out
-    left_out = int(re.search(r"train.jsonl: ([\d,]+) of 600 texts", printed)[1])
-    assert 0 < left_out < 600
+    left_out = int(re.search(r"train.jsonl: ([\d,]+) of 546 texts", printed)[1])
+    assert 0 < left_out < 546
     with pytest.raises(InputError, match="few: --exclude leaves no example of it"):
         make_t5(world, tmp_path / "none", exclude=world / "few")
 
@@ -246,7 +257,9 @@ def pack_downloads(folder, reviews):
     films, products, lines, rated = {}, "", "", ""
     for i, review in enumerate(reviews):
         label, text = review["label"], review["text"]
-        films[f"aclImdb/train/{'pos' if label > 2 else 'neg'}/{i}_{2 * label + 1}.txt"] = text
+        films[f"aclImdb/train/{'pos' if label > 2 else 'neg'}/{i}_{2 * label + 1 + i % 2}.txt"] = (
+            text
+        )
         films[f"aclImdb/train/unsup/{i}_0.txt"] = f"{text}<br /><br />{text}"
         tagged = f"<rating>\n{label + 1}.0\n</rating>\n<review_text>\n{text}\n</review_text>"
         products += f"<review>\n{tagged}\n</review>\n"
