@@ -168,7 +168,7 @@ def at_once(*commands):
     processes = []
     for place, words in enumerate(commands):
         print(f"$ python {' '.join(map(str, words))}", flush=True)
-        words = [sys.executable, Path(__file__).parents[1] / words[0], *words[1:]]
+        words = [sys.executable, Path(__file__).parents[1] / words[0], *map(str, words[1:])]
         bars = {**os.environ, "TQDM_POSITION": str(place)}  # each bar in a line of its own
         processes.append(subprocess.Popen(words, env=bars))
 
