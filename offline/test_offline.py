@@ -83,6 +83,13 @@ def test_another_making_has_other_seeds_of_everything(tmp_path, monkeypatch):
     assert one != two
 
 
+def test_commands_at_once_end_with_the_one_that_failed(capfd):
+    demo.at_once(["data.py", "convert", "--help"], ["data.py", "--help"])
+    assert capfd.readouterr().out.count("usage: data.py") == 2
+    with pytest.raises(SystemExit, match="2"):
+        demo.at_once(["data.py", "--help"], ["data.py", "nothing"])
+
+
 def test_makings_are_compared_over_makings():
     scores = {}
     for shift, method in enumerate(makings.METHODS):
