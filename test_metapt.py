@@ -2111,7 +2111,7 @@ def tensor_file(metadata=None, **tensors):
 def checkpoint(*lacking, rows=3, **facts):
     """Writes a checkpoint of a prompt of 3 rows, with other facts or without some tensors."""
     line = {"step": 0, "accuracy": 0.5, "loss": 1.0}
-    facts = {"run": {"--seed": 1}, "step": 0, "log": [line], **facts}
+    facts = {"run": {"--threads": 1}, "step": 0, "log": [line], **facts}
     names = {"prompt", "best", *train_meta.MOMENTS} - set(lacking)
     tensors = {name: torch.zeros(rows, 16) for name in names}
     return tensor_file({"facts": json.dumps(facts)}, **tensors)

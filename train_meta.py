@@ -395,7 +395,8 @@ def read_checkpoint(path):
             facts = parse_json(file.metadata()["facts"])
             facts["tensors"] = {name: file.get_tensor(name) for name in file.keys()}
 
-        if type(facts["step"]) is not int or not facts["log"] or not facts["run"].items():
+        counts = facts["step"], facts["run"]["--threads"]
+        if any(type(count) is not int for count in counts) or not facts["log"]:
             raise ValueError("it holds no evaluation, or does not say of which run it is")
         for line in facts["log"]:
             if line["step"] > facts["step"] or not 0 <= line["accuracy"] <= 1:
