@@ -25,6 +25,7 @@ import json
 import math
 import runpy
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -188,14 +189,7 @@ def learn(args, model, tasks, held_out, facts, run, begun):
             (out / "checkpoint.safetensors").unlink(missing_ok=True)
         data.save_arguments(out / "arguments.json", args)
 
-    def save():
-        """Writes what a continued run needs, and the best prompt so far."""
-        if rank == 0:
-            save_state(out, run, prompt, best, optimizer, step, log)
-            score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
-            start = {"start_accuracy": log[0]["accuracy"]}
-            save_prompt(out, best, model.t5, **facts, **score, **start)
-
+    save = partial(save_run, out, run, facts, model.t5, prompt, best, optimizer)
     stopped = False
     bar = tqdm(None, args.method, max_steps, initial=step, disable=rank > 0 or None)
     with data.stop_signal() as stop, bar:
@@ -208,7 +202,7 @@ def learn(args, model, tasks, held_out, facts, run, begun):
                 if best_of(log) == len(log) - 1:
                     best.copy_(prompt.detach())
                 show(bar, **log[-1])
-                save()
+                save(step, log)
 
             if stopped or step >= max_steps or out_of_patience(log, args.patience, first):
                 break
@@ -226,7 +220,7 @@ def learn(args, model, tasks, held_out, facts, run, begun):
             step += 1
             bar.update()
 
-        save()  # where it was stopped, and what an earlier end may not have written
+        save(step, log)  # where it was stopped, and what an earlier end may not have written
         if stopped:
             raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {data.CONTINUES}")
 
@@ -370,6 +364,14 @@ def start_prompt(model, args):
 
 
 # - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the checkpoint
+
+
+def save_run(out, run, facts, t5, prompt, best, optimizer, step, log):
+    """Writes, from the first process, what a continued run needs and the best prompt so far."""
+    if data.rank_and_world()[0] == 0:
+        save_state(out, run, prompt, best, optimizer, step, log)
+        score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
+        save_prompt(out, best, t5, **facts, **score, start_accuracy=log[0]["accuracy"])
 
 
 def save_state(out, run, prompt, best, optimizer, step, log):
