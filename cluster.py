@@ -41,8 +41,8 @@ if not data.HELP:
 
 
 def kmeans(embeddings, k, seed):
-    """FAISS K-means, the best of five starts: each embedding's cluster [N], and its squared
-    distance to the cluster's centroid [N]."""
+    """FAISS K-means (Section 4.2), the best of five starts: each embedding's cluster [N], and its
+    squared distance to the cluster's centroid [N]."""
     model = faiss.Kmeans(
         embeddings.shape[1],
         k,
@@ -59,9 +59,9 @@ def kmeans(embeddings, k, seed):
 
 
 def lda(counts, k, seed, size=512, updates=100):
-    """Latent Dirichlet allocation of word counts [N, words], online: as many passes over them as
-    make 100 updates of 512 texts. Each text's most probable topic [N], and one minus that
-    probability [N]."""
+    """Latent Dirichlet allocation (Appendix B.1) of word counts [N, words], online: as many passes
+    over them as make 100 updates of 512 texts. Each text's most probable topic [N], and one minus
+    that probability [N]."""
     passes = math.ceil(updates * size / max(counts.shape[0], size))
     model = LatentDirichletAllocation(
         k, learning_method="online", batch_size=size, max_iter=passes, random_state=seed
@@ -71,7 +71,7 @@ def lda(counts, k, seed, size=512, updates=100):
 
 
 def random_clusters(count, k, seed):
-    """Clusters of one size, drawn at random [N]."""
+    """Clusters of one size, drawn at random [N] (Appendix B.1)."""
     return np.random.default_rng(seed).permutation(count) % k
 
 
@@ -79,7 +79,7 @@ def random_clusters(count, k, seed):
 
 
 def nearest(clusters, distances, count=3):
-    """{cluster: the numbers of the texts that are nearest to its centroid}."""
+    """Appendix B.2: {cluster: the numbers of the texts that are nearest to its centroid}."""
     found = {}
     for name in np.unique(clusters):
         members = np.flatnonzero(clusters == name)
@@ -89,8 +89,9 @@ def nearest(clusters, distances, count=3):
 
 
 def telling_words(counts, clusters, words, count=8):
-    """{cluster: the words that tell it from the others}, by the terms of the Kullback-Leibler
-    divergence between the words' shares within and without. counts [N, words]: each text's."""
+    """Appendix B.2: {cluster: the words that tell it from the others}, by the terms of the
+    Kullback-Leibler divergence between the words' shares within and without. counts [N, words]:
+    each text's."""
     names = np.unique(clusters)
     held = [counts[clusters == name].sign().sum(0) for name in names]  # texts that hold a word
     held = np.array([np.asarray(row).ravel() for row in held])
@@ -140,10 +141,10 @@ def place_of_embeddings(source, texts, encoder):
 
 
 def embed(texts, path, encoder, device, size=20_000):
-    """Sentence embeddings of unit length, [N, d] float32, by a sentence-transformers model's name
-    or folder; the folder of any transformer serves too, with the mean over its tokens. They are
-    written to a file block after block, so that a stopped run continues, and stored at `path`.
-    Raises InputError."""
+    """Section 4.2's sentence embeddings of unit length, [N, d] float32, by a sentence-transformers
+    model's name or folder; the folder of any transformer serves too, with the mean over its tokens.
+    They are written to a file block after block, so that a stopped run continues, and stored at
+    `path`. Raises InputError."""
     if not path.exists():
         with blame(encoder, "give a sentence-transformers model by hub name or folder", Exception):
             weights = {"use_safetensors": True, "dtype": torch.float32}
@@ -231,7 +232,7 @@ def describe(task, texts, labels, clusters, distances, telling):
 
 
 def make_meta_tasks(args):
-    """Clusters args.source by args.method, for every number of clusters in args.k."""
+    """Section 4.2: clusters args.source by args.method, for every number of clusters in args.k."""
     source, task = Path(args.source), Task.load(Path(args.source).parent)
     examples = list(data.read_examples(source, task))
     texts = [data.text_of(example, task) for example in examples]

@@ -370,7 +370,7 @@ DATASETS = {
 }
 
 
-# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: its files
 
 
 def find_splits(source, reader, patterns):
@@ -418,7 +418,7 @@ def has_labels(reader, path):
 
 
 def convert(name, source, out, test_share=0.0):
-    """Writes the task folder `out` from a dataset's official file, the folder of them or the
+    """Writes the task folder `out` from an official file of Appendix C, the folder of them or the
     archive of them, and prints what of each split was kept and what was dropped, and why. Where
     there is no test file, a share of the training examples can be drawn for it."""
     classes, reader, patterns = DATASETS[name]
@@ -647,7 +647,7 @@ def read_tar(file):
                 yield text_in(tar.extractfile(member).read(), plain=True)
 
 
-# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: files, continuing, processes
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run: files, continuing, processes
 
 BLOCK = 2048  # texts of the corpus that are labelled, and kept in a file, together
 

@@ -1,8 +1,8 @@
 """
 MetaPT: Learning a Better Initialization for Soft Prompts via Meta-Learning (Huang, Qian and Yu).
 
-The method and nothing else; it needs torch and transformers (5.15 or newer), and can be copied alone
-into another project. From top to bottom:
+The method and nothing else; it needs torch and transformers (5.15 or newer), and can be copied
+alone into another project. From top to bottom:
 
     Section 3             Task, PromptedT5: a frozen T5 reads [P; H(x)] and answers at the mask
     Equations 1 and 2     adapt, textbook_meta_gradient: the definition, as it is written
@@ -58,8 +58,8 @@ class Task:
     the word z = words[y].
 
     `template` names {mask} once and any fields of an example: "{text}. It was {mask}", whose full
-    stop is left out behind a text that ends in one, "{premise}? {mask}. {hypothesis}". Raises InputError where it does not, or where two words are
-    the same.
+    stop is left out behind a text that ends in one, or "{premise}? {mask}. {hypothesis}". Raises
+    InputError where it does not, or where two words are the same.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Task:
         """H(x) as text, <X> in it, and where each field stands in it: (from, to) characters."""
         text, places = "", []
         for words, name in self.parts():
-            # The paper's "I like this movie. It was <X>": no second full stop after one of the text's.
+            # The paper's "I like this movie. It was <X>": no second full stop behind the text's own.
             text += words[1:] if words[:1] == "." and text.endswith((".", "!", "?")) else words
             if name == "mask":
                 text = text.removesuffix(" ") + MASK  # a sentinel takes the space before it along
@@ -228,9 +228,10 @@ class PromptedT5(torch.nn.Module):
         return (scale * table[rows].float()).to(self.device)
 
     def encode(self, examples):
-        """Examples (dicts with the template's fields and, where known, a `label`) as a batch:
-        input_ids [B, L], attention_mask [B, L] and, where every example has one, labels [B].
-        It stays on the CPU until it is used. Raises InputError for a label without a word."""
+        """H(x) of Section 3: examples (dicts with the template's fields and, where known, a
+        `label`) as a batch: input_ids [B, L], attention_mask [B, L] and, where every example has
+        one, labels [B]. It stays on the CPU until it is used. Raises InputError for a label without
+        a word."""
         ids = [torch.tensor(row) for row in self._fill(examples)]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True),
@@ -311,7 +312,7 @@ class PromptedT5(torch.nn.Module):
         return [piece for piece in tokens.input_ids if piece is not None]
 
     def forward(self, prompt, batch):
-        """[P; H(x)] -> logits at <X>, [B, vocabulary], in float32 or float64.
+        """Section 3: [P; H(x)] -> logits at <X>, [B, vocabulary], in float32 or float64.
 
         prompt: [n, d], or [B, n, d] with one for each example; an empty one, [0, d], is none.
         """
@@ -417,10 +418,10 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
     """Equation 2's gradient, exact to the second order.
 
     prompt [n, d]; supports and queries: an encoded batch for each task. first_order treats
-    ∇_P L_Ti(f_P) as a constant, which drops the Hessian. tasks_per_pass tasks are worked on at once,
-    which bounds the memory and changes nothing else. Returns the gradient [n, d]
-    and the summed query loss, both detached. Raises InputError where there are not as many supports
-    as queries.
+    ∇_P L_Ti(f_P) as a constant, which drops the Hessian. tasks_per_pass tasks are worked on at
+    once, which bounds the memory and changes nothing else. Returns the gradient [n, d] and the
+    summed query loss, both detached. Raises InputError where there are not as many supports as
+    queries.
     """
     tasks = len(supports)
     if len(queries) != tasks:
@@ -533,8 +534,8 @@ def linear_schedule(step, total, warmup=20):
 
 
 def best_of(scores):
-    """The index of the best validation in a list of them: by accuracy, then by lower loss, then
-    the earlier. One whose loss is not finite is never it; None where none is finite."""
+    """The index of the best validation (Appendix A) in a list of them: by accuracy, then by lower
+    loss, then the earlier. One whose loss is not finite is never it; None where none is finite."""
     finite = [i for i, score in enumerate(scores) if math.isfinite(score["loss"])]
     # Means of the same accuracies may differ in their last digit, and are a tie all the same.
     merit = lambda i: (round(scores[i]["accuracy"], 9), -scores[i]["loss"])
@@ -542,8 +543,8 @@ def best_of(scores):
 
 
 def out_of_patience(scores, patience, first=0):
-    """Early stopping: whether `patience` validations have followed the best one, and the one of
-    number `first`."""
+    """Appendix A's early stopping: whether `patience` validations have followed the best one, and
+    the one of number `first`."""
     return len(scores) - 1 - max(best_of(scores) or 0, first) >= patience
 
 

@@ -82,8 +82,8 @@ def split_clusters(examples, validation, m, seed):
 
 
 def draw(tasks, m, seed, step):
-    """The examples of one meta-step: for every meta-task m to support and another m to query.
-    They depend on the seed and the step alone, so that a run can go on from any step."""
+    """The examples of one meta-step (Section 4.3): for every meta-task m to support and another m
+    to query. They depend on the seed and the step alone, so that a run can go on from any step."""
     rng = np.random.default_rng([seed, step])
     supports, queries = [], []
     for task in tasks:
@@ -94,7 +94,7 @@ def draw(tasks, m, seed, step):
 
 
 def draw_batch(examples, size, seed, step):
-    """PPT's batch of one step, drawn likewise."""
+    """PPT's batch of one step (A.2), drawn likewise."""
     rng = np.random.default_rng([seed, step])
     return [examples[i] for i in rng.choice(len(examples), size, replace=False)]
 
@@ -120,8 +120,9 @@ def reptile_gradient(model, prompt, supports, queries, alpha):
 
 
 def validate(model, prompt, held_out, alpha):
-    """Meta-validation: adapts to m examples of every cluster (Equation 1) and scores the rest of
-    it; accuracy, loss and the share answered with a word of the task, each the mean over clusters.
+    """Meta-validation (A.3): adapts to m examples of every cluster (Equation 1) and scores the rest
+    of it; accuracy, loss and the share answered with a word of the task, each the mean over
+    clusters.
 
     held_out: (support, batches to score) for each cluster. Without a support, as for PPT, the
     prompt is scored as it is.
@@ -175,8 +176,8 @@ def train(args):
 
 
 def learn(args, model, tasks, held_out, facts, run, begun):
-    """The outer loop, from where the checkpoint stands; returns the last step and the log. Under
-    torchrun every process works on its share of a step's meta-tasks."""
+    """The outer loop of Section 4.3, from where the checkpoint stands; returns the last step and
+    the log. Under torchrun every process works on its share of a step's meta-tasks."""
     out, rank = Path(args.out), data.rank_and_world()[0]
     max_steps, first = limits(args, tasks)
     prompt = torch.nn.Parameter(start_prompt(model, args))
@@ -463,7 +464,7 @@ def search(args):
         )
 
 
-# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the flags
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the flags
 
 FREE = ("out", "config", "restart", "search", "device", "tasks_per_pass")  # decide no digit
 

@@ -199,8 +199,8 @@ def scores_of(line, seeds):
 
 
 def gain_table(lines, against):
-    """Every line's gain over the one that is called `against`, of the same model, shots and draws,
-    and that gain's interval."""
+    """Table 1: every line's gain over the one that is called `against`, of the same model, shots
+    and draws, and that gain's interval."""
 
     def cell(name, task):
         alike = [other for other in lines if other[:3] == name[:3] and task in lines[other]]

@@ -6,6 +6,7 @@ T5 has random weights of a public T5's shape; nothing is downloaded.
     python figures/speed.py --shape small --sst --rounds 3 --compare loop higher
     python figures/speed.py --only downstream                                  # beside peft
     python figures/speed.py --shape large --only step --tasks 1 --tasks-per-pass 1 --compare   # GiB
+    bash figures/gpu.sh                                                        # all of it on a GPU
 
 What is compared must agree first. Then it is timed in turn, round by round. Shown are the median
 and the spread, least to most, of the rounds, and the peak of memory above what was in use before.
@@ -46,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 from metapt import MASK, NEW_WORD, PromptedT5, Task, blame, meta_gradient, textbook_meta_gradient
 from metapt import twice_differentiable
+from train_meta import draw
 
 # ------------------------------------------------------------------------- Equation 2 by others
 
@@ -174,7 +176,7 @@ SST = """
 """
 
 
-def make_model(shape, device):
+def make_model(shape, device, dtype="float32"):
     """A T5 of random weights, with a tokenizer of T5's kind to which every word is one piece."""
     words = [*VOCABULARY, *TASK.words, "It", "was"]
     pieces = ["<pad>", "</s>", "<unk>", *(NEW_WORD + word for word in words)]
@@ -186,7 +188,8 @@ def make_model(shape, device):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     torch.manual_seed(0)
     t5 = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **SHAPES[shape]))
-    return PromptedT5(t5.to(device), tokenizer, TASK, max_length=10_000)
+    t5 = t5.to(device, getattr(torch, dtype))
+    return PromptedT5(t5, tokenizer, TASK, max_length=10_000)
 
 
 def make_examples(count, length, sst=False):
@@ -228,8 +231,9 @@ def print_times(title, contestants, args, **columns):
         print(f"{row}{memory[name]:10.3f}{more}", flush=True)
 
 
-def print_meta_steps(model, prompt, supports, queries, args):
-    """The same meta-gradient by us, by parts of ours and by others: checked, then timed."""
+def print_meta_steps(model, prompt, supports, queries, examples, args):
+    """The same meta-gradient by us, by parts of ours and by others: checked, then timed, beside a
+    whole step of train_meta.py, from its draw on."""
     theirs, step = plain(model), (prompt, supports, queries, 0.08)
     ways = {}
     if "loop" in args.compare:
@@ -249,8 +253,20 @@ def print_meta_steps(model, prompt, supports, queries, args):
             error = relative_error(way()[0], expected)
             print(f"{name:32} differs from the textbook loop by {error:.1e}", flush=True)
 
-    forward = partial(model.evaluate, prompt, supports)
-    print_times("a meta-step", {"forward pass F of the supports": forward, **ways}, args)
+    P = torch.nn.Parameter(prompt.clone())
+    optimizer = torch.optim.AdamW([P])
+    tasks = [examples[i :: args.tasks] for i in range(args.tasks)]
+
+    def training_step():
+        sides = [map(model.encode, side) for side in draw(tasks, args.m, seed=1, step=1)]
+        how = {"tasks_per_pass": args.tasks_per_pass[-1]}
+        P.grad, loss = meta_gradient(model, P, *map(list, sides), 0.08, **how)
+        optimizer.step()
+        return loss.item()
+
+    forward = {"forward pass F of the supports": partial(model.evaluate, prompt, supports)}
+    step = {"the last, drawn, encoded, AdamW": training_step}
+    print_times("a meta-step", {**forward, **ways, **step}, args)
 
 
 def print_downstream(model, prompt, examples, args):
@@ -265,12 +281,13 @@ def print_downstream(model, prompt, examples, args):
 
     @torch.no_grad()
     def evaluation(P, logits, some):
-        return logits(model.encode(some))[:, model.word_ids].argmax(-1).tolist()
+        batches = model.batches(some)
+        return [logits(batch)[:, model.word_ids].argmax(-1).tolist() for batch in batches]
 
     ours, theirs = (step(*side, examples) for side in sides.values())
     print(f"\nthe gradient through peft differs by {relative_error(theirs, ours):.1e}")
     parts = [("prompt tuning's step", step, 32), ("PPT's step", step, 4)]
-    for what, function, count in [*parts, ("evaluation", evaluation, 64)]:
+    for what, function, count in [*parts, ("evaluation", evaluation, len(examples))]:
         some = examples[:count]
         contestants = {who: partial(function, *side, some) for who, side in sides.items()}
         print_times(f"{what}, {count} texts", contestants, args)
@@ -289,7 +306,9 @@ def print_precision(model, prompt, supports, queries, args):
         return found.double()
 
     with mock.patch.object(T5LayerNorm, "forward", layer_norm):
-        exact = gradient(copy.deepcopy(model).double())
+        reference = copy.deepcopy(model).to("cpu", torch.float64)
+        exact, _ = meta_gradient(reference, prompt.cpu().double(), supports, queries, 0.08)
+    exact = exact.to(prompt.device)
 
     contestants = {
         "float32, --matmul highest": partial(gradient, model),
@@ -318,31 +337,32 @@ def main(argv=None):
     add("--length", type=data.number(5), default=40, help="tokens of an example")
     add("--sst", action="store_true", help="takes the lengths of SST's first sentences")
     add("--prompt-length", type=whole, default=100, help="vectors of the prompt")
+    add("--texts", type=data.number(32), default=64, help="of the evaluation")
     add("--rounds", type=whole, default=5, help="timed rounds")
     add("--tasks-per-pass", nargs="+", type=whole, default=[4, 10], help="of our step")
     others = ["loop", "vmap", "higher"]
     add("--compare", nargs="*", choices=others, default=others[:2], help="with whose steps")
-    parser.add_machine()
+    data.add_precision(parser.add_machine())
     args = parser.parse(argv)
     data.set_machine(args)
     if args.sst:  # vmap takes examples of one length only
         args.compare = [name for name in args.compare if name != "vmap"]
 
-    model = make_model(args.shape, args.device)
+    model = make_model(args.shape, args.device, args.dtype)
     prompt = model.init_prompt(args.prompt_length)
     count = 2 * args.tasks * args.m
-    examples = make_examples(max(count, 64), args.length, args.sst)
+    examples = make_examples(max(count, args.texts), args.length, args.sst)
     batches = list(model.batches(examples[:count], args.m))
     supports, queries = batches[::2], batches[1::2]
     print(
         f"T5 {args.shape}, {args.device}, {torch.get_num_threads()} threads, {args.tasks} tasks\n"
     )
     if "step" in args.only:
-        print_meta_steps(model, prompt, supports, queries, args)
+        print_meta_steps(model, prompt, supports, queries, examples[:count], args)
     if "precision" in args.only:
         print_precision(model, prompt, supports[:2], queries[:2], args)
     if "downstream" in args.only:
-        print_downstream(model, prompt, examples[:64], args)
+        print_downstream(model, prompt, examples[: args.texts], args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The checks of what stands in this folder: python -m pytest -q figures"""
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -242,3 +244,22 @@ def test_the_texts_that_are_timed_have_as_many_tokens_as_said():
     for sst, lengths in said.items():
         batch = model.encode(speed.make_examples(3, 40, sst))
         assert batch["attention_mask"].sum(1).tolist() == lengths
+
+
+def test_every_command_of_the_gpu_script_is_one(tmp_path):
+    recorder = tmp_path / "python"
+    recorder.write_text('#!/bin/sh\necho "$@" >> "$OUT/ran"\n')
+    recorder.chmod(0o755)
+    (tmp_path / "inputs").mkdir()
+    places = {"OUT": str(tmp_path), "INPUTS": str(tmp_path / "inputs")}
+    env = {**os.environ, **places, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", Path(speed.__file__).with_name("gpu.sh")], env=env, check=True)
+    commands = (tmp_path / "ran").read_text().splitlines()
+    assert len(commands) == 6 + 1 + 9 + 5 + 1
+    helps = {}
+    for command in commands:
+        script = command.split()[0]
+        if script not in helps:
+            helps[script] = subprocess.check_output([sys.executable, script, "--help"], text=True)
+        flags = set(re.findall(r"--[a-z][\w-]+", command))
+        assert flags <= set(re.findall(r"--[a-z][\w-]+", helps[script])), command

@@ -1,6 +1,6 @@
 """
-The demo several times, each with other seeds of everything: the reviews, the T5, the prompts and the
-draws. What one making shows may be its luck; this says what of it holds.
+The demo several times, each with other seeds of everything: the reviews, the T5, the prompts and
+the draws. What one making shows may be its luck; this says what of it holds.
 
     python offline/makings.py        # five makings, in makings/1 to makings/5
 """

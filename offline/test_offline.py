@@ -17,6 +17,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import data
 import demo
+import inner_step
 import makings
 import metapt
 import small_t5
@@ -102,6 +103,22 @@ def test_makings_are_compared_over_makings():
     half = 4.302653 / 3**0.5  # t of two degrees of freedom, a deviation of 1, three makings
     assert rows["PT"][3] == f"-2.00 [{-2 - half:+.2f}, {-2 + half:+.2f}]"
     assert rows["PPT"][4] == "-1.00 [-1.00, -1.00]"
+
+
+def test_what_the_inner_step_does_is_measured(world):
+    model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT)
+    prompt = model.init_prompt(4)
+    batches = list(model.batches(read_lines(world / "few" / "train.jsonl")[:16], 4))
+    supports, queries = batches[:2], batches[2:]
+    moved, before, after, cosine = inner_step.inner_step(model, prompt, supports, queries, 0.5)
+    adapted = [metapt.adapt(model, prompt, support, 0.5).detach() for support in supports]
+    shares = [(P - prompt).norm() / prompt.norm() for P in adapted]
+    assert moved == pytest.approx(np.mean(shares), rel=1e-4)
+    assert before == pytest.approx(np.mean([model.loss(prompt, q).item() for q in queries]))
+    losses = [model.loss(P, query).item() for P, query in zip(adapted, queries)]
+    assert after == pytest.approx(np.mean(losses)) and after != pytest.approx(before)
+    assert 0 < cosine < 0.9999
+    assert inner_step.inner_step(model, prompt, supports, queries, 1e-9)[3] > 0.9999
 
 
 # -------------------------------------------------------------------------- A small T5 from nothing
