@@ -1519,6 +1519,32 @@ def test_ppt_runs_five_epochs_at_most(world, tmp_path):
     assert log[-1]["step"] == 5 * 9  # 80 examples are nine batches of 9
 
 
+def test_ppts_rate_rises_and_falls_and_metapts_stays(world, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def recorded(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    for method in ("ppt", "maml"):
+        learn(world, tmp_path / method, method, learning_rate=0.5, max_steps=6)
+    scheduled = [0.5 * metapt.linear_schedule(step, 6) for step in range(6)]
+    assert rates == pytest.approx(scheduled + 6 * [0.5])
+
+
+def test_the_prompt_of_the_best_validation_is_kept(world, tmp_path, monkeypatch):
+    accuracies, prompts = iter([0.2, 0.9, 0.5, 0.4]), []
+
+    def validate(model, prompt, *others):
+        prompts.append(prompt.clone())
+        return {"accuracy": next(accuracies), "loss": 1.0, "in_words": 1.0}
+
+    monkeypatch.setattr(train_meta, "validate", validate)
+    assert torch.equal(learn(world, tmp_path / "run"), prompts[1])
+    assert len(prompts) == 4 and not torch.equal(prompts[0], prompts[1])
+
+
 def test_validate_adapts_to_each_cluster_and_scores_the_rest(model):
     prompt = model.init_prompt(3).double()
     held_out, expected = [], []
