@@ -3,9 +3,9 @@ What the inner step of Equation 1 does at a prompt, and what is left of it in Eq
 
     python offline/inner_step.py --source source/kmeans10.jsonl --prompt random prompts/metapt
 
-Over meta-steps as train_meta.py draws them: how far Equation 1 moves the prompt, α|∇L|/|P|; a
-query's loss before and after it; and the cosine between Equation 2's gradient and that of the
-queries without an inner step. Where it is 1, MetaPT is prompt tuning on the source.
+Over meta-steps of examples that train_meta.py holds out: how far Equation 1 moves the prompt,
+α|∇L|/|P|; a query's loss before and after it; and the cosine between Equation 2's gradient and that
+of the queries without an inner step. Where it is 1, MetaPT is prompt tuning on the source.
 """
 
 import sys
@@ -48,6 +48,7 @@ def main(argv=None):
     add("--steps", type=number(1), default=20, help="meta-steps to average over")
     add("--validation", type=number(1), default=640, help="examples held out, as in training")
     add("--max-length", type=number(1), default=data.MAX_LENGTH, help="tokens of a text at most")
+    add("--seed", type=number(0), default=1, help="the prompts' own, of the split and every draw")
     data.add_start(parser)
     parser.add_machine()
     args = parser.parse(argv)
@@ -56,17 +57,17 @@ def main(argv=None):
     task = Task.load(Path(args.source).parent)
     model = PromptedT5(*load_t5(args.model, args.device), task, args.max_length)
     examples = list(data.read_examples(args.source, task))
-    tasks, _ = split_clusters(examples, args.validation, M, seed=1)
+    _, held_out = split_clusters(examples, args.validation, M, seed=args.seed)
 
     table = [["prompt", "α|∇L|/|P|", "query loss", "after Eq. 1", "cosine"]]
     for name in args.prompt:
         if name == "random":
-            prompt = model.init_prompt(args.prompt_length, scale=args.init_scale)
+            prompt = model.init_prompt(args.prompt_length, args.seed, scale=args.init_scale)
         else:
             prompt = load_prompt(name, model.t5.config.d_model)[0].to(model.device)
         found = []
         for step in range(args.steps):
-            drawn = draw(tasks, M, seed=1, step=10**6 + step)  # not those it was trained at
+            drawn = draw(held_out, M, args.seed, step)
             supports, queries = ([model.encode(some) for some in side] for side in drawn)
             found.append(inner_step(model, prompt, supports, queries, args.alpha))
         moved, before, after, cosine = np.mean(found, axis=0)
