@@ -2566,7 +2566,7 @@ EXCHANGED = {  # patterns in the pages' commands
     r"for n in [\d ]+": "for n in 150 160",
     r"(for k in|--k)( \d+){2,}": r"\1 2 3",
     r"(--shots)( \d+)+": r"\1 4 8",
-    r"-\{1,2,3\}": "-1",
+    r"-\{1,2(,3)?\}": "-1",
     r"--model (t5|google-t5/t5-large) ": "--model demo/t5 ",
     r"NAME --input FILE --out tasks/NAME": "sst5 --input trainDevTestTrees_PTB.zip --out tasks/sst5",
 }

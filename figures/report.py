@@ -66,7 +66,8 @@ def table_lines(results, x="shots", others=()):
     differ in, of the settings and `others`. Where x is not the shots, a line is of all prompts of
     one x. The start is a learned prompt's digest: the same one in two folders is one training.
     """
-    rows = [{**row["settings"], **row} for row in results]
+    # A search's line has all rates as its setting, and beside them the one that was chosen.
+    rows = [{**row, **row["settings"]} for row in results]
     models = {row["model"] for row in rows}
     namesakes = Counter(Path(model).name for model in models)
     short = {m: Path(m).name if namesakes[Path(m).name] == 1 else m for m in models}

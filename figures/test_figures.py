@@ -119,6 +119,15 @@ def test_settings_that_only_earlier_results_name_make_no_other_line(printed):
     assert "| PPT | prompts/ppt, weight_decay 0.1 | 41.00 (1)" in printed(rows)
 
 
+def test_runs_of_a_search_share_a_line_whatever_rate_each_chose(printed):
+    tried = {"learning_rate": [0.003, 0.0003]}
+    rows = [
+        result("ft", 0.4, seed, "none", settings=tried, learning_rate=rate)
+        for seed, rate in enumerate(tried["learning_rate"])
+    ]
+    assert "| FT | - | **40.00 ± 0.00** (2)" in printed(rows)
+
+
 def test_namesakes_are_told_apart_and_one_training_in_two_folders_is_one(printed):
     rows = [result("ft", 0.3, 1, "none", settings={"model": "a/t5"})]
     rows += [result("ft", 0.9, 1, "none", settings={"model": "b/t5"})]
