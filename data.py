@@ -563,16 +563,16 @@ def balance(labels, confidences, hashes, least, per_class=None, seed=1):
     return kept, sizes, funnel
 
 
-# A paragraph ends with its line. A sentence ends before a capital, but not in "Mr. A. B. Smith".
+# A sentence ends with its line, or before a capital, but not in "Mr. A. B. Smith".
 END = r"""(?:(?<=[.!?])|(?<=[.!?]["”')]))"""
 ABBREVIATED = r"(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr)\.)(?<!\bMrs\.)"
-UNITS = {"paragraph": r"\n", "sentence": rf"""\n|{END}{ABBREVIATED}\s+(?=["“'(]?[A-Z0-9])"""}
+BETWEEN_SENTENCES = rf"""\n|{END}{ABBREVIATED}\s+(?=["“'(]?[A-Z0-9])"""
 
 
-def read_corpus(paths, unit, share=1.0):
-    """Yields the sentences or paragraphs of a random `share` of the documents in corpora: .txt and
-    .jsonl files, or tars of .txt files, in further tars or not, as OpenWebText is. None stands for
-    no text. Raises InputError."""
+def read_corpus(paths, share=1.0):
+    """Yields the sentences of a random `share` of the documents in corpora: .txt and .jsonl files,
+    or tars of .txt files, in further tars or not, as OpenWebText is. None stands for no text.
+    Raises InputError."""
     rng = random.Random(0)
     for document in itertools.chain.from_iterable(map(read_documents, paths)):
         if rng.random() >= share:
@@ -580,7 +580,7 @@ def read_corpus(paths, unit, share=1.0):
         if document is None:
             yield None
             continue
-        for text in re.split(UNITS[unit], document):
+        for text in re.split(BETWEEN_SENTENCES, document):
             if text.strip():
                 yield " ".join(text.split())
 
@@ -619,27 +619,12 @@ def text_in(content, plain):
             return value
 
 
-class Header(tarfile.TarInfo):
-    """A header of a tar, where one that is broken or cut off is an error, and not the tar's end."""
-
-    @classmethod
-    def fromtarfile(cls, tar):
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} at byte {tar.offset:,} of it")
-
-
 def read_tar(file):
     """Yields the documents of a tar, and of the tars in it, from front to back; nothing is unpacked
     to disk."""
-    with tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as tar:
+    with tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
             tar.members.clear()  # where every header would be kept
-            if member.size > 2**33:  # a lie, which skipping to its end would take forever to show
-                raise tarfile.ReadError(f"{member.name} in it would have {member.size:,} bytes")
             if not member.isfile() or member.issparse():
                 continue
             if member.name.endswith((".xz", ".gz", ".tar", ".tgz")):
@@ -772,7 +757,7 @@ def pseudo_label(args):
         shutil.rmtree(blocks, ignore_errors=True)
 
     # What decides about a label, and so has to be as it was when the first block was labelled.
-    names = ("labeller", "unit", "share", "min_words", "max_words", "max_length")
+    names = ("labeller", "share", "min_words", "max_words", "max_length")
     facts = {name: getattr(args, name) for name in names} | {"block": BLOCK}
     facts["corpus"] = [[file, os.stat(file).st_size] for file in args.corpus]
     facts["weights"] = digest(*sorted(Path(args.labeller).glob("*.safetensors")))
@@ -806,7 +791,7 @@ def wait_for_all(world):
 def label_corpus(folder, task, args):
     """Labels those blocks of the corpus that have no file yet; each process those of its number.
     Returns how many texts were read, and not labelled for which reason."""
-    (rank, world), corpus = rank_and_world(), read_corpus(args.corpus, args.unit, args.share)
+    (rank, world), corpus = rank_and_world(), read_corpus(args.corpus, args.share)
     label = None  # the labeller is loaded once there is something to label
     counts = dict.fromkeys(("read", "not text", "too short", "too long"), 0)
     with stop_signal() as stop, tqdm(desc="pseudo-label", unit=" texts", disable=None) as bar:
@@ -952,8 +937,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def flags_in(config, argv):
-    """The flags that a JSON file of them stands for, without those that argv has too. Raises
-    InputError."""
+    """The flags that a JSON file of them stands for, without those that argv has too: the folders
+    that it names may be gone. Raises InputError."""
     folder, flags = str(Path(config).parent), []
     for name, value in read_json(config, "give a file of flags").items():
         flag = f"--{name.replace('_', '-')}"
@@ -1091,16 +1076,10 @@ def try_place(path):
 
 def rank_and_world():
     """This process's number and how many processes torchrun started; 0 and 1 without it. Clusters
-    set some of its variables too: only all of them count. Raises InputError."""
+    set some of its variables too: only all of them count."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if any(name not in os.environ for name in names):
-        return 0, 1
-    try:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except ValueError:
-        raise InputError(
-            "RANK and WORLD_SIZE must be numbers; start it with torchrun, or unset them"
-        )
+    started = all(name in os.environ for name in names)
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if started else (0, 1)
 
 
 def provenance(device, *files):
@@ -1239,7 +1218,6 @@ def add_pseudo_label(command):
     add("--corpus", required=True, nargs="+", type=file, metavar="FILE", help=corpus)
     add("--out", required=True, metavar="FOLDER", help="the source folder to write")
     add("--restart", action="store_true", help="labels anew")
-    add("--unit", default="sentence", choices=list(UNITS), help="what becomes an example")
     add("--share", type=number(0.0, 1.0), default=1.0, help="of the documents, to read")
     add("--min-words", type=number(1), default=5, help="shorter texts are dropped")
     add("--max-words", type=number(1), default=200, help="longer texts are dropped")

@@ -430,7 +430,6 @@ NAMES = {
     "maml": "MetaPT",
     "no inner step": "MetaPT, no inner step",
     "fomaml": "MetaPT, first-order",
-    "reptile": "MetaPT, Reptile",
     "ft": "FT",
 }
 LEGEND = (

@@ -38,14 +38,14 @@ if not data.HELP:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from metapt import Diverged, InputError, PromptedT5, Task, adapt, adapt_all, best_of, blame
+    from metapt import Diverged, InputError, PromptedT5, Task, adapt, best_of, blame
     from metapt import linear_schedule, load_prompt, load_t5, meta_gradient, out_of_patience
     from metapt import parse_json, read_json, save_prompt, write_beside
 
 # What Appendix A sets for each method; flags override it.
 MAML = {"learning_rate": 0.025, "max_steps": 20_000, "eval_every": 500, "patience": 6}  # A.3
 PPT = {"learning_rate": 0.003, "max_steps": 1_250_000, "eval_every": 20_000, "patience": 5}  # A.2
-SETTINGS = {"maml": MAML, "fomaml": MAML, "reptile": MAML, "ppt": PPT}
+SETTINGS = {"maml": MAML, "fomaml": MAML, "ppt": PPT}
 ALPHA = 0.08  # the inner loop's learning rate, A.3
 M = 4  # its examples, Section 4.3
 ALPHAS = [0.8, 0.3, 0.08, 0.03, 0.008]  # A.3's search
@@ -106,17 +106,6 @@ def ppt_gradient(model, prompt, batch):
     loss = model.loss(P, batch)
     (gradient,) = torch.autograd.grad(loss, P)
     return gradient, loss.detach()
-
-
-def reptile_gradient(model, prompt, supports, queries, alpha):
-    """Reptile (Nichol et al., 2018): the way that two steps of Equation 1 go, the support's and
-    then the query's, summed over the tasks and divided by alpha."""
-    if not supports:
-        return torch.zeros_like(prompt)
-    P = prompt.detach().repeat(len(supports), 1, 1)
-    for batches in (supports, queries):
-        P = adapt_all(model, P, batches, alpha).detach()
-    return (prompt.detach() - P).sum(0) / alpha
 
 
 def validate(model, prompt, held_out, alpha):
@@ -260,8 +249,6 @@ def gradient_of(args, model, prompt, drawn):
     """What the outer loop descends, by the method of the run, and the loss."""
     if args.method == "ppt":
         return ppt_gradient(model, prompt, *drawn)
-    if args.method == "reptile":
-        return reptile_gradient(model, prompt, *drawn, args.alpha), torch.zeros(())
     # Without an inner step there is no second order to compute.
     first_order = args.method == "fomaml" or args.alpha == 0
     how = {"first_order": first_order, "tasks_per_pass": args.tasks_per_pass}
@@ -489,7 +476,7 @@ def make_parser():
     add("--model", default=data.MODEL, help="a T5 by hub name or folder")
 
     paper = parser.add_argument_group("the paper's")
-    add, methods = paper.add_argument, "MetaPT; without its second order; Reptile; the baseline PPT"
+    add, methods = paper.add_argument, "MetaPT; without its second order; the baseline PPT"
     add("--method", default="maml", choices=list(SETTINGS), help=methods)
     add(
         "--alpha", type=number(0.0), default=ALPHA, help="the inner loop's rate α; 0: no inner step"
@@ -511,18 +498,14 @@ def make_parser():
 
     machine = parser.add_machine()
     data.add_precision(machine)
-    add, passes = machine.add_argument, "meta-tasks at once (Reptile: all)"
-    add("--tasks-per-pass", type=number(1), default=4, help=passes)
+    machine.add_argument("--tasks-per-pass", type=number(1), default=4, help="meta-tasks at once")
     return parser
 
 
 def main(argv=None):
     """Reads the flags and learns a prompt, or with --search one for every pair of rates."""
-    parser = make_parser()
-    args = parser.parse(argv)
+    args = make_parser().parse(argv)
     args = data.fill(args, SETTINGS[args.method])
-    if args.method == "reptile" and args.alpha == 0:
-        parser.error("--alpha 0 goes nowhere with --method reptile")
     data.set_machine(args)
     if args.method == "ppt" and data.rank_and_world()[1] > 1:
         raise InputError("--method ppt works in one process: start it without torchrun")

@@ -265,7 +265,7 @@ def test_every_command_of_the_gpu_script_is_one(tmp_path, monkeypatch, capsys):
     env = {**os.environ, **places, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run(["bash", Path(speed.__file__).with_name("gpu.sh")], env=env, check=True)
     commands = (tmp_path / "ran").read_text().splitlines()
-    assert len(commands) == 6 + 1 + 9 + 5 + 1
+    assert len(commands) == 6 + 1 + 9 + 3 + 30 + 1
     for script in {command.split()[0] for command in commands}:
         monkeypatch.setattr(sys, "argv", [script, "--help"])
         with pytest.raises(SystemExit, match="0"):

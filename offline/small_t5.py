@@ -138,7 +138,7 @@ def draw_labelled(by_class, fields, count, excerpts, rng):
 
 def excerpt(text, rng):
     """One to three sentences of a text."""
-    sentences = [part for part in re.split(data.UNITS["sentence"], text) if part.strip()]
+    sentences = [part for part in re.split(data.BETWEEN_SENTENCES, text) if part.strip()]
     count = int(rng.integers(1, 4))
     start = int(rng.integers(max(len(sentences) - count, 0) + 1))
     return " ".join(sentences[start : start + count])
