@@ -194,31 +194,6 @@ def write_array(path, array):
         np.save(file, array, allow_pickle=False)
 
 
-def check_sizes(source, clusters, least, drop_small):
-    """Which examples are in clusters that are large enough, [N] bool: of `least` examples, or by
-    default of what train_meta.py holds out of each and draws. Raises InputError where not all are,
-    unless drop_small."""
-    sizes = np.bincount(clusters)
-    kept = sizes > 0
-    while True:  # fewer clusters have to be larger, since more of each is held out
-        needed = least or max(640 // max(1, kept.sum()), 5) + 8
-        small = np.flatnonzero(kept & (sizes < needed))
-        if len(small) == 0:
-            return kept[clusters]
-        if not drop_small or len(small) == kept.sum():
-            raise InputError(
-                f"{source}: cluster {small[0]} has {sizes[small[0]]} examples, fewer than the "
-                f"{needed} that support, query and validation take: lower --k, or "
-                "--min-size and train_meta.py's --validation, or drop it with --drop-small"
-            )
-
-        dropped = sizes[small].sum()
-        print(
-            f"dropped {len(small)} clusters of fewer than {needed} examples: {dropped:,} examples"
-        )
-        kept[small] = False
-
-
 def describe(task, texts, labels, clusters, distances, telling):
     """Prints Appendix B.2's manual inspection: every cluster's size, labels, most telling words and
     the three texts nearest to its centroid (its first three, where there is no centroid)."""
@@ -244,10 +219,6 @@ def make_meta_tasks(args):
     for k in args.k:
         name = f"{args.method}{'' if args.method == 'label' else k}.jsonl"
         outs[k] = Path(args.out or source.with_name(name))
-        data.try_place(outs[k])
-
-    if args.figure:
-        data.try_place(args.figure)
 
     vectorizer = CountVectorizer(stop_words="english", max_features=args.vocabulary)
     with blame(source, "give texts of other words"):
@@ -270,24 +241,22 @@ def make_meta_tasks(args):
         else:
             clusters = labels
 
-        kept = check_sizes(source, clusters, args.min_size, args.drop_small)
-        write_clusters(out, source, task, examples, clusters, kept)
+        write_clusters(out, source, task, examples, clusters)
         data.save_arguments(out.with_suffix(".json"), args)
         telling = telling_words(counts, clusters, words)
         describe(task, texts, labels, clusters, distances, telling)
-        shown = {name: telling[name] for name in np.unique(clusters[kept]).tolist()}
-        panels.append((f"{args.method}, {len(shown)} clusters", clusters, shown))
-        print(f"wrote {out}: {kept.sum():,} examples in {len(shown)} clusters")
+        panels.append((f"{args.method}, {len(telling)} clusters", clusters, telling))
+        print(f"wrote {out}: {len(examples):,} examples in {len(telling)} clusters")
 
     if args.figure:
         data.save_figure(args.figure, plot(embeddings, panels, args.seed))
 
 
-def write_clusters(out, source, task, examples, clusters, kept):
-    """Writes the examples that are kept, each with its cluster, and their task."""
+def write_clusters(out, source, task, examples, clusters):
+    """Writes the examples, each with its cluster, and their task."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = np.flatnonzero(kept)
-    data.write_lines(out, ({**examples[i], "cluster": int(clusters[i])} for i in rows))
+    pairs = zip(examples, clusters.tolist())
+    data.write_lines(out, ({**example, "cluster": name} for example, name in pairs))
     if out.parent != source.parent:
         task.save(out.parent)
 
@@ -299,7 +268,6 @@ def main(argv=None):
     add, number, file = parser.add_argument, data.number, data.existing("file")
     methods = ["kmeans", "lda", "random", "label"]
     encoder = "sentence-transformers/all-MiniLM-L6-v2"
-    least = "examples of a cluster at least (default: 640 / clusters + 8, as train_meta.py takes)"
     picture = "draws the clusters by t-SNE of the embeddings, a panel for each k"
     add("--source", required=True, type=file, metavar="FILE", help="examples, a task.json beside")
     add("--out", metavar="FILE", help="to write (default: METHOD and K.jsonl beside the source)")
@@ -307,8 +275,6 @@ def main(argv=None):
     add("--k", type=number(2), default=[10], nargs="+", help="clusters; several: a file each")
     add("--encoder", default=encoder, help="a sentence-BERT by hub name or folder")
     add("--figure", type=data.picture, metavar="FILE", help=picture)
-    add("--min-size", type=number(1), help=least)
-    add("--drop-small", action="store_true", help="leaves smaller clusters out")
     add("--vocabulary", type=number(1), default=10_000, help="words that LDA and the report count")
     seed = number(0, 2**31 - 1)  # FAISS takes no larger one
     add("--seed", type=seed, default=1, help="of K-means, LDA, random clusters and t-SNE")

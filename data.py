@@ -56,24 +56,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-# A script that is asked for --help says so at its top: PyTorch and transformers, which take seconds
-# to import, are not needed for it.
-SCRIPT = sys.modules["__main__"]
-HELP = getattr(SCRIPT, "HELP", False)
-if hasattr(SCRIPT, "HELP"):
+# Our scripts say at their top whether they are asked for --help, which needs no PyTorch, whose import
+# takes seconds. Another program that imports this file says nothing.
+HELP = getattr(sys.modules["__main__"], "HELP", None)
+if HELP is False:
     # Large pages, which PyTorch asks for where this is set, take a twentieth off a step on a CPU.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-if hasattr(SCRIPT, "HELP") and not HELP and sys.stderr.isatty():
-    print("loading PyTorch and transformers ...", file=sys.stderr, flush=True)
-
-# A folder beside the scripts, as --out peft/mine makes one, is an empty package to Python, and
-# would be taken for the library of its name where that is not installed.
-for beside in Path(__file__).parent.iterdir():
-    if beside.is_dir() and beside.name.isidentifier() and beside.name != "demo":  # which is ours
-        found = importlib.util.find_spec(beside.name)
-        if found and found.origin is None:
+    # A folder beside the scripts, as --out peft/mine makes one, is an empty package to Python, and
+    # would be taken for the library of its name where that is not installed.
+    for beside in Path(__file__).parent.iterdir():
+        spec = importlib.util.find_spec(beside.name) if beside.name.isidentifier() else None
+        if spec and spec.origin is None:
             sys.modules[beside.name] = None
 
+HELP = HELP is True
 if not HELP:
     import torch
     import transformers
@@ -697,10 +693,10 @@ def train_labeller(args):
     tokenizer and the task, to args.out."""
     out, task = Path(args.out), Task.load(args.task)
     training, validation = read_splits(Path(args.task), task, args.validation, args.seed)
-    try_place(out / "log.jsonl")
     if (out / "log.jsonl").exists() and not args.restart:
         mend = "give another --out, or --restart to replace it"
         raise InputError(f"{out}: a labeller stands there already; {mend}")
+    out.mkdir(parents=True, exist_ok=True)  # an error here comes before the work
 
     torch.manual_seed(args.seed)  # of the classifier's new layer too
     # A checkpoint may be in half precision, in which AdamW's small steps are lost.
@@ -752,7 +748,6 @@ def pseudo_label(args):
         raise InputError(f"{args.labeller}: {message}")
 
     blocks = out / "blocks"
-    try_place(out / "examples.jsonl")
     if args.restart and rank == 0:
         shutil.rmtree(blocks, ignore_errors=True)
 
@@ -1062,18 +1057,6 @@ def save_figure(path, figure):
     print(f"wrote {path}")
 
 
-def try_place(path):
-    """Raises InputError where the file `path` could not be written: before the work, not after."""
-    path = Path(path).absolute()
-    if path.is_dir():
-        raise InputError(f"{path}: it is a folder; give a file")
-    place = path.parent
-    while not place.exists():
-        place = place.parent
-    with blame(path, "give another place"), tempfile.TemporaryFile(dir=place):
-        pass
-
-
 def rank_and_world():
     """This process's number and how many processes torchrun started; 0 and 1 without it. Clusters
     set some of its variables too: only all of them count."""
@@ -1238,7 +1221,6 @@ def main(argv=None):
     add_pseudo_label(commands.add_parser("pseudo-label", help="labels a corpus: source data"))
     args = parser.parse(argv)
     if args.command == "convert":
-        try_place(Path(args.out) / "task.json")
         return convert(args.dataset, args.input, args.out, args.test_share)
     set_machine(args)
     train_labeller(args) if args.command == "labeller" else pseudo_label(args)

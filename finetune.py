@@ -158,16 +158,14 @@ def run_all(args):
     t5, tokenizer = load_t5(args.model, args.device, args.dtype)
     prompts = read_prompts(args, t5)
     tasks = [load_task(folder, t5, tokenizer, args) for folder in args.task]
-    data.try_place(out)
-    if args.save:
-        data.try_place(Path(args.save) / "prompt")
-
     runs = list_runs(args, tasks, prompts)
-    missing = [saved_is_missing(args, run) for run in runs]  # an error comes before the sweep
+    out.parent.mkdir(parents=True, exist_ok=True)
     results, rows, made, diverged = read_results(out), [], 0, []
-    for run, is_missing in zip(tqdm(runs, "runs", disable=None), missing):
+    for run in tqdm(runs, "runs", disable=None):
         key = identity(run["row"])
-        if args.restart or is_missing or key not in results:
+        # A prompt's metapt.json is written last.
+        saved = not args.save or (saved_folder(args, run["row"]) / "metapt.json").exists()
+        if args.restart or key not in results or not saved and run["start"] is not None:
             try:
                 # What another process has added meanwhile is seen too.
                 results = add_result(out, one_run(args, run), args.restart)
@@ -202,11 +200,8 @@ def read_prompts(args, t5):
     folders = [prompt for prompt in args.prompt if prompt != "random"]
     prompts = {folder: load_prompt(folder, t5.config.d_model) for folder in folders}
     fingerprint = data.fingerprint(t5)
-    for folder, (prompt, facts) in prompts.items():
+    for folder, (_, facts) in prompts.items():
         notice_another_t5(folder, facts, args.model, fingerprint)
-        if "random" in args.prompt and len(prompt) != args.prompt_length:
-            lengths = f"{folder} has {len(prompt)} vectors, random {args.prompt_length}"
-            notice(f"{lengths}: --prompt-length {len(prompt)} makes them alike")
 
     return prompts
 
@@ -217,12 +212,7 @@ def notice_another_t5(prompt, facts, name, fingerprint):
     same = known == fingerprint if known else base in (None, name)
     if not same:
         now = name if name != base else "another T5 that is there now"
-        notice(f"{prompt} was learned with {base}, and is used with {now}")
-
-
-def notice(text):
-    """Prints a line on standard error."""
-    print(text, file=sys.stderr)
+        print(f"{prompt} was learned with {base}, and is used with {now}", file=sys.stderr)
 
 
 def load_task(folder, t5, tokenizer, args):
@@ -244,7 +234,6 @@ def load_task(folder, t5, tokenizer, args):
         order = np.random.default_rng(0).permutation(len(test))
         test = [test[i] for i in order[: args.max_test]]
 
-    warn_of_leak(paths[1], model.task, splits, test)
     print_test(model.task, test)
     test.sort(key=lambda example: len(data.text_of(example, model.task)))
     facts = data.provenance(args.device, *paths)
@@ -272,17 +261,6 @@ def read_draws(path, task, args):
     for key, (training, validation) in draws.items():
         splits[key] = [found[row] for row in training], [found[row] for row in validation]
     return splits
-
-
-def warn_of_leak(path, task, splits, test):
-    """Prints a warning where what is tested on was trained on."""
-    drawn = set()
-    for training, validation in splits.values():
-        drawn.update(data.text_of(example, task) for example in training + validation)
-    seen = len(drawn & {data.text_of(example, task) for example in test})
-    if seen > len(drawn) / 10:  # any two splits share a few short texts
-        what = f"{seen} of the {len(drawn)} texts drawn from train.jsonl"
-        notice(f"warning: {path} holds {what}: results will look better than they are")
 
 
 def print_test(task, test):
@@ -345,7 +323,6 @@ def one_run(args, run):
     """One run, as its line of results. After full tuning the T5 has its own weights again."""
     model, start, settings = run["task"]["model"], run["start"], run["settings"]
     training, validation = run["task"]["splits"][run["row"]["shots"], run["row"]["seed"]]
-    warn_of_one_class(model.task, training, run["row"]["seed"])
     names = ("batch_size", "max_epochs", "patience", "accumulate")
     how = {name: settings[name] for name in names} | {"seed": run["row"]["seed"]}
     weights = copy.deepcopy(model.t5.state_dict()) if start is None else None
@@ -389,37 +366,10 @@ def shown(row):
     return f"{name}, {row['shots']} shots, seed {row['seed']}"
 
 
-def warn_of_one_class(task, training, seed):
-    """Prints a warning where a run's training examples are all of one class."""
-    labels = {example["label"] for example in training}
-    if len(labels) == 1:
-        tqdm.write(
-            f"warning: all {len(training)} training examples of {task.name}, seed {seed}, are "
-            f"{task.words[labels.pop()]!r}; --balanced draws equally from every class"
-        )
-
-
 def saved_folder(args, row):
     """The folder of a run's tuned prompt."""
     name = (row["task"], Path(row["prompt"]).name, row["shots"], row["seed"])
     return Path(args.save) / "-".join(map(str, name))
-
-
-def saved_is_missing(args, run):
-    """Whether --save wants a tuned prompt that its folder does not hold. Raises InputError where
-    that holds another run's."""
-    if not args.save or run["start"] is None:
-        return False
-    folder = saved_folder(args, run["row"])
-    if not (folder / "metapt.json").exists():  # which is written last
-        return True
-
-    facts = load_prompt(folder)[1]
-    same = all(key in facts for key in KEY) and identity(facts) == identity(run["row"])
-    if not same and not args.restart:
-        mend = "give another --save, or --restart to replace it"
-        raise InputError(f"{folder}: it holds a prompt of another run; {mend}")
-    return not same
 
 
 # ------------------------------------------------------------------ Results: their file, the table
@@ -470,7 +420,6 @@ def add_result(path, row, again=False):
     """Adds a line to a results file that other processes add to as well; returns what then stands
     there. A run that another process has added meanwhile is not added twice, unless it is made
     `again`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):  # freed with the process
         results = read_results(path)
         if again or identity(row) not in results:
@@ -539,9 +488,6 @@ def predict(args):
     flags = facts.get("settings") or facts.get("arguments") or {}
     with blame(args.prompt[0], "give --max-length", TypeError, AttributeError):
         length = args.max_length or int(flags.get("max_length", data.MAX_LENGTH))
-    if args.out:
-        data.try_place(args.out)
-
     name = args.model or facts["base_model"] or data.MODEL
     t5, tokenizer = load_t5(name, args.device, args.dtype)
     notice_another_t5(args.prompt[0], facts, name, data.fingerprint(t5))
@@ -579,11 +525,6 @@ def read_texts(path, task):
     examples = list(data.read_examples(path, task, labelled=False))
     if not examples:
         raise InputError(f"{path}: no text to label; give one on each line")
-    if Path(path).is_file():  # and no pipe, which can be read once
-        blank = sum(1 for _, line in data.numbered_lines(path) if not line.strip())
-        if blank:
-            notice(f"{path}: blank lines, which get no label: {blank}")
-
     if all("label" in example for example in examples):
         for number, example in enumerate(examples, 1):
             with blame(f"{path}: text {number}", "mend it, or leave out all labels"):
@@ -657,7 +598,7 @@ def make_parser():
     add("--learning-rate", type=number(1e-12), help=f"AdamW's {each('learning_rate')}")
     add("--search", action="store_true", help=f"full tuning tries {RATES}, keeps the best")
     add("--batch-size", type=number(1), help=f"of an update {each('batch_size')}")
-    starts = ["vocab", "normal", "uniform"]
+    starts = ["vocab", "uniform"]
     add("--init", default="vocab", choices=starts, help="how a random prompt is drawn")
     data.add_start(paper)
     add("--max-length", type=number(1), help=f"tokens of a text (default: {data.MAX_LENGTH})")

@@ -210,13 +210,9 @@ class PromptedT5(torch.nn.Module):
 
     def init_prompt(self, n_tokens=100, seed=1, init="vocab", scale=1.0):
         """A random prompt [n_tokens, d_model], float32, times `scale`: rows of the frozen embedding
-        table (init="vocab"), noise as large as they are ("normal"), or Lester et al.'s (2021) even
-        one from -0.5 to 0.5 ("uniform")."""
+        table (init="vocab"), or Lester et al.'s (2021) even noise from -0.5 to 0.5 ("uniform")."""
         generator = torch.Generator().manual_seed(seed)
         table = self.t5.get_input_embeddings().weight.detach().cpu()
-        if init == "normal":
-            noise = torch.randn(n_tokens, table.shape[1], generator=generator)
-            return (scale * noise * table.float().std()).to(self.device)
         if init == "uniform":
             noise = torch.rand(n_tokens, table.shape[1], generator=generator) - 0.5
             return (scale * noise).to(self.device)
@@ -443,6 +439,8 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
 
 def adapt_all(model, prompts, supports, alpha, create_graph=False):
     """Equation 1 for every task at once: prompts [T, n, d] and T batches give P'_1 to P'_T."""
+    if alpha == 0:
+        return prompts
     P = prompts if prompts.requires_grad else prompts.detach().requires_grad_()
     with twice_differentiable(create_graph):
         loss = summed_loss(model, P, supports)

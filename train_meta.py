@@ -150,7 +150,6 @@ def train(args):
         data.check_same(out, begun["run"], run, longer)
 
     held_out = [encode_held_out(model, examples, m, ppt) for examples in held_out]
-    data.try_place(checkpoint)
     step, log = learn(args, model, tasks, held_out, facts, run, begun)
 
     best = log[best_of(log)]
@@ -187,12 +186,14 @@ def learn(args, model, tasks, held_out, facts, run, begun):
             due = step % args.eval_every == 0 or step >= max_steps
             if due and not (log and log[-1]["step"] == step):  # which may be where it continues
                 score = validate(model, prompt.detach(), held_out, args.alpha)
-                log.append({"step": step, **shared_mean(score, prompt)})
-                check_finite(out, step, torch.tensor(log[-1]["loss"]))
+                score = shared_mean(score, prompt)
+                check_finite(out, step, torch.tensor(score["loss"]))
+                log.append({"step": step, **score})
                 if best_of(log) == len(log) - 1:
                     best.copy_(prompt.detach())
-                show(bar, **log[-1])
                 save(step, log)
+                if rank == 0:
+                    bar.write(f"step {step:,}: accuracy {score['accuracy']:.1%}")
 
             if stopped or step >= max_steps or out_of_patience(log, args.patience, first):
                 break
@@ -224,14 +225,6 @@ def limits(args, tasks):
         return args.max_steps, 0
     epoch = math.ceil(len(tasks[0]) / args.batch_size)
     return min(args.max_steps, EPOCHS * epoch), math.ceil(epoch / args.eval_every)
-
-
-def show(bar, step, accuracy, loss, **others):
-    """Shows an evaluation beside the bar; where there is none, as in a file, the first process
-    prints a line."""
-    bar.set_postfix(accuracy=f"{accuracy:.3f}")
-    if bar.disable and data.rank_and_world()[0] == 0:
-        print(f"step {step:,}: accuracy {accuracy:.1%}, loss {loss:.3f}", flush=True)
 
 
 def draw_encoded(args, model, tasks, step):
@@ -341,7 +334,7 @@ def encode_held_out(model, examples, m, ppt):
     return None if ppt else model.encode(examples[:m]), list(model.batches(examples[m:]))
 
 
-STARTS = ("vocab", "normal", "uniform")
+STARTS = ("vocab", "uniform")
 
 
 def start_prompt(model, args):
@@ -453,7 +446,7 @@ def search(args):
 
 # - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the flags
 
-FREE = ("out", "config", "restart", "search", "device", "tasks_per_pass")  # decide no digit
+FREE = ("out", "config", "restart", "search", "device", "tasks_per_pass")  # may change
 
 
 def deciding(args):

@@ -194,7 +194,6 @@ def demo(out="demo", restart=False, steps=200, making=1):
         "domains and a tiny T5 pre-trained on them.\nNothing is downloaded.",
         flush=True,
     )
-    data.try_place(out / "t5" / "config.json")
     (out / "source" / "clustered.json").unlink(missing_ok=True)  # until it is whole again
     try:
         write_demo(out, steps, making)

@@ -171,7 +171,6 @@ def make_t5(args):
     """Pre-trains a small T5 on a corpus and on labelled tasks, and writes it to args.out in the
     form in which any T5 is loaded. Raises InputError."""
     out, tasks = Path(args.out), [Task.load(folder) for folder in args.task]
-    data.try_place(out / "config.json")
     if (out / "config.json").exists() and not args.restart:
         mend = "give another --out, or --restart to replace it"
         raise InputError(f"{out}: a model stands there already; {mend}")
