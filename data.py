@@ -175,7 +175,7 @@ def check_example(example, task, labelled=True):
 
     for field in task.fields:
         if not isinstance(example.get(field), str):
-            raise ValueError(f"the template of task {task.name} needs {field!r} to be a text here")
+            raise ValueError(f"it has no text {field!r}, which the template of {task.name} needs")
         if not example[field].strip():
             raise ValueError(f"{field!r} is empty")
 

@@ -51,7 +51,7 @@ SETTINGS = {
 RATES = [3e-3, 3e-4, 8e-5, 3e-5, 3e-6]  # A.1's search; the paper prints its third as 8e5
 
 
-# ------------------------------------------------------------- Appendix A.4 and A.1, to be copied
+# -------------------------------------- Appendix A.4 and A.1, of tensors, lists and numbers alone
 
 
 def tune(
@@ -461,9 +461,16 @@ def score_table(rows):
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     table = [["shots", "method", "prompt", *tasks]]
     for line, found in cells.items():
-        scores = [spread(found[task]) if task in found else None for task in tasks]
-        table.append([*line, *("{:.2f} ± {:.2f}".format(*s[:2]) if s else "-" for s in scores)])
+        table.append([*line, *(in_points(found.get(task, [])) for task in tasks)])
     return table
+
+
+def in_points(rows):
+    """The mean and the deviation of rows' accuracies, as text; of one row the accuracy alone."""
+    if not rows:
+        return "-"
+    mean, deviation, count = spread(rows)
+    return f"{mean:.2f} ± {deviation:.2f}" if count > 1 else f"{mean:.2f}"
 
 
 def print_table(title, rows):
@@ -480,9 +487,9 @@ def print_table(title, rows):
 
 
 def predict(args):
-    """Labels the texts of a file with a tuned prompt: JSON lines with the label, its word and every
-    word's probability, to args.out or to standard output. Where all texts have labels, these are
-    kept as "gold", and the last line says how well the two agree."""
+    """Labels the texts of a file with a tuned prompt: JSON lines with the label that is predicted,
+    its word and every word's probability, to args.out or to standard output. Where texts have a
+    label of their own, the last line says how well the two agree."""
     prompt, facts = load_prompt(args.prompt[0])
     task = task_of(args, facts)
     flags = facts.get("settings") or facts.get("arguments") or {}
@@ -504,8 +511,9 @@ def predict(args):
         for example in examples:
             print(json.dumps(example, ensure_ascii=False))
 
-    if "gold" in examples[0]:
-        print(agreement(examples, task), file=sys.stdout if args.out else sys.stderr)
+    labelled = [example for example in examples if "label" in example]
+    if labelled:
+        print(agreement(labelled, task), file=sys.stdout if args.out else sys.stderr)
 
 
 def task_of(args, facts):
@@ -520,39 +528,33 @@ def task_of(args, facts):
 
 
 def read_texts(path, task):
-    """The examples of a file to label; their labels, where all have one, as "gold". Raises
-    InputError."""
+    """The examples of a file to label; some may have a label. Raises InputError."""
     examples = list(data.read_examples(path, task, labelled=False))
     if not examples:
         raise InputError(f"{path}: no text to label; give one on each line")
-    if all("label" in example for example in examples):
-        for number, example in enumerate(examples, 1):
-            with blame(f"{path}: text {number}", "mend it, or leave out all labels"):
-                data.check_example(example, task)
-            example["gold"] = example["label"]
+    for number, example in enumerate(examples, 1):
+        with blame(f"{path}: text {number}", "mend its label, or leave it out"):
+            data.check_example(example, task, labelled="label" in example)
     return examples
 
 
 def label(model, prompt, examples, size=64):
-    """Gives examples their label, its word and every word's probability, in place."""
+    """Gives examples the predicted label, its word and every word's probability, in place."""
     words = model.task.words
-    for example in examples:
-        example.pop("label", None)
-
     for start in range(0, len(examples), size):
         some = examples[start : start + size]
         probabilities = model.probabilities(prompt, model.encode(some)).tolist()
         for example, p in zip(some, probabilities):
-            example["label"] = int(np.argmax(p))
-            example["word"] = words[example["label"]]
+            example["predicted"] = int(np.argmax(p))
+            example["word"] = words[example["predicted"]]
             example["probabilities"] = {w: round(value, 4) for w, value in zip(words, p)}
 
 
 def agreement(examples, task):
-    """How well the labels agree with the gold ones, as text."""
+    """How well predicted labels agree with the texts' own, as text."""
     confusion = np.zeros((len(task.words), len(task.words)), dtype=int)
     for example in examples:
-        confusion[example["gold"], example["label"]] += 1
+        confusion[example["label"], example["predicted"]] += 1
     accuracy, f1 = confusion.trace() / len(examples), macro_f1(confusion)
     return f"accuracy {accuracy:.1%}, macro-F1 {100 * f1:.1f}, of {len(examples):,} labelled texts"
 
@@ -643,6 +645,8 @@ def main(argv=None):
         if "pt" in args.method and start != "random":
             args.model = args.model or load_prompt(start)[1]["base_model"]
     args.model = args.model or data.MODEL
+    if Path(args.model).is_dir():  # under one name, wherever it is named from
+        args.model = str(Path(args.model).resolve())
     run_all(args)
 
 

@@ -141,9 +141,9 @@ class PromptedT5(torch.nn.Module):
     """A frozen T5 that reads a soft prompt P before the text, [P; H(x)], and answers at the mask
     (Section 3).
 
-    t5: any T5ForConditionalGeneration. Its weights are frozen, its dropout is turned off (until
-    someone calls train()), and its cross-attention is exchanged for one that multiplies in another
-    order, where no adapter stands in it.
+    t5: any T5ForConditionalGeneration. It is changed in place: its weights are frozen, its dropout
+    is off until someone calls train(). Its cross-attention multiplies in another order from then
+    on, where no adapter stands in it.
     tokenizer: its tokenizer. task: the Task.
     max_length: tokens of H(x) at most; the text is cut, never the template.
     Raises InputError where a word of the task is not one piece of the tokenizer, or where model or
@@ -246,67 +246,6 @@ class PromptedT5(torch.nn.Module):
         for start in range(0, len(examples), size):
             yield self.encode(examples[start : start + size])
 
-    def _fill(self, examples):
-        """H(x) (Section 3) of every example as token ids: the template around its fields, then
-        </s>. Where that is longer than max_length, the longest field loses its end."""
-        filled = []
-        for example in examples:
-            fields = {name: self._plain(example[name]) for name in self.task.fields}
-            filled.append(self.task.fill(fields))
-
-        texts = [text for text, _ in filled]
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        for i, (text, places) in enumerate(filled):
-            ids = self._unmarked(rows[i], text)
-            too_long = len(ids) + 1 - self.max_length
-            if too_long > 0:
-                ids = self._unmarked(self._cut(text, places, too_long), text)
-            rows[i] = ids + [self.tokenizer.eos_token_id]
-        return rows
-
-    def _plain(self, text):
-        """A text without what would be read as special tokens: it may spell </s>."""
-        while self.special.search(text):  # what is left may spell one again
-            text = self.special.sub("", text)
-        return text
-
-    def _unmarked(self, ids, text):
-        """Token ids of H(x) without the mark of a word's beginning on what touches <X>, as the full
-        stop in "{mask}." does: T5's own tokenizer sets it behind <X> in any case."""
-        behind = text[text.index(MASK) + len(MASK) :]
-        if not behind or behind[0].isspace():
-            return ids
-
-        at = ids.index(self.mask_id) + 1
-        if at == len(ids):  # all that touched it is cut off
-            return ids
-        marked = self.tokenizer.convert_ids_to_tokens(ids[at])
-        if marked == NEW_WORD:
-            return ids[:at] + ids[at + 1 :]
-        inner = self.tokenizer.convert_tokens_to_ids(marked.removeprefix(NEW_WORD))
-        return ids if inner == self.tokenizer.unk_token_id else [*ids[:at], inner, *ids[at + 1 :]]
-
-    def _cut(self, text, places, count):
-        """The token ids of H(x) without `count` of its fields' last, which stand at `places`."""
-        how = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": True}
-        tokens = self.tokenizer(text, **how)
-        fields = [[] for _ in places]
-        for i, (start, end) in enumerate(tokens.offset_mapping):
-            for field, (first, last) in zip(fields, places):
-                if start < last and end > first:
-                    field.append(i)
-
-        for _ in range(count):
-            longest = max(fields, key=len)
-            if not longest:
-                raise InputError(
-                    f"the template of task {self.task.name} alone is longer than "
-                    f"{self.max_length} tokens; raise max_length"
-                )
-            tokens.input_ids[longest.pop()] = None
-
-        return [piece for piece in tokens.input_ids if piece is not None]
-
     def forward(self, prompt, batch):
         """Section 3: [P; H(x)] -> logits at <X>, [B, vocabulary], in float32 or float64.
 
@@ -372,6 +311,69 @@ class PromptedT5(torch.nn.Module):
             "confusion": counts.view(classes, classes).tolist(),
         }
 
+    # How H(x) becomes token ids, to the last space.
+
+    def _fill(self, examples):
+        """H(x) (Section 3) of every example as token ids: the template around its fields, then
+        </s>. Where that is longer than max_length, the longest field loses its end."""
+        filled = []
+        for example in examples:
+            fields = {name: self._plain(example[name]) for name in self.task.fields}
+            filled.append(self.task.fill(fields))
+
+        texts = [text for text, _ in filled]
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        for i, (text, places) in enumerate(filled):
+            ids = self._unmarked(rows[i], text)
+            too_long = len(ids) + 1 - self.max_length
+            if too_long > 0:
+                ids = self._unmarked(self._cut(text, places, too_long), text)
+            rows[i] = ids + [self.tokenizer.eos_token_id]
+        return rows
+
+    def _plain(self, text):
+        """A text without what would be read as special tokens: it may spell </s>."""
+        while self.special.search(text):  # what is left may spell one again
+            text = self.special.sub("", text)
+        return text
+
+    def _unmarked(self, ids, text):
+        """Token ids of H(x) without the mark of a word's beginning on what touches <X>, as the full
+        stop in "{mask}." does: T5's own tokenizer sets it behind <X> in any case."""
+        behind = text[text.index(MASK) + len(MASK) :]
+        if not behind or behind[0].isspace():
+            return ids
+
+        at = ids.index(self.mask_id) + 1
+        if at == len(ids):  # all that touched it is cut off
+            return ids
+        marked = self.tokenizer.convert_ids_to_tokens(ids[at])
+        if marked == NEW_WORD:
+            return ids[:at] + ids[at + 1 :]
+        inner = self.tokenizer.convert_tokens_to_ids(marked.removeprefix(NEW_WORD))
+        return ids if inner == self.tokenizer.unk_token_id else [*ids[:at], inner, *ids[at + 1 :]]
+
+    def _cut(self, text, places, count):
+        """The token ids of H(x) without `count` of its fields' last, which stand at `places`."""
+        how = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": True}
+        tokens = self.tokenizer(text, **how)
+        fields = [[] for _ in places]
+        for i, (start, end) in enumerate(tokens.offset_mapping):
+            for field, (first, last) in zip(fields, places):
+                if start < last and end > first:
+                    field.append(i)
+
+        for _ in range(count):
+            longest = max(fields, key=len)
+            if not longest:
+                raise InputError(
+                    f"the template of task {self.task.name} alone is longer than "
+                    f"{self.max_length} tokens; raise max_length"
+                )
+            tokens.input_ids[longest.pop()] = None
+
+        return [piece for piece in tokens.input_ids if piece is not None]
+
 
 # --------------------------------------------------------- Equations 1 and 2, as they are written
 
@@ -380,7 +382,7 @@ def adapt(model, prompt, support, alpha, create_graph=False):
     """Equation 1: one step of gradient descent on a meta-task's m support examples.
 
     prompt [n, d] and an encoded batch give P'_i [n, d]. With create_graph the step can itself be
-    differentiated, which Equation 2 does.
+    differentiated, which Equation 2 does. adapt_all is the same for several tasks at once.
     """
     P = prompt if prompt.requires_grad else prompt.detach().requires_grad_()
     with twice_differentiable(create_graph):
@@ -391,7 +393,11 @@ def adapt(model, prompt, support, alpha, create_graph=False):
 
 def textbook_meta_gradient(model, prompt, supports, queries, alpha):
     """Equation 2's gradient ∇_P Σ_Ti L_Ti(f_P'_i), where every P'_i is a function of P: the
-    definition. These arguments and the result are as in meta_gradient."""
+    definition.
+
+    prompt [n, d]; supports and queries: an encoded batch for each task. Returns the gradient [n, d]
+    and the summed query loss, both detached.
+    """
     P = prompt.detach().clone().requires_grad_()
     total = 0
     for support, query in zip(supports, queries, strict=True):
@@ -411,13 +417,11 @@ def twice_differentiable(wanted):
 
 
 def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, tasks_per_pass=4):
-    """Equation 2's gradient, exact to the second order.
+    """Equation 2's gradient, exact to the second order: what textbook_meta_gradient gives.
 
-    prompt [n, d]; supports and queries: an encoded batch for each task. first_order treats
-    ∇_P L_Ti(f_P) as a constant, which drops the Hessian. tasks_per_pass tasks are worked on at
-    once, which bounds the memory and changes nothing else. Returns the gradient [n, d] and the
-    summed query loss, both detached. Raises InputError where there are not as many supports as
-    queries.
+    first_order treats ∇_P L_Ti(f_P) as a constant, which drops the Hessian. tasks_per_pass tasks
+    are worked on at once, which bounds the memory, and moves the result by rounding alone. Raises
+    InputError where there are not as many supports as queries.
     """
     tasks = len(supports)
     if len(queries) != tasks:
@@ -439,7 +443,7 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
 
 def adapt_all(model, prompts, supports, alpha, create_graph=False):
     """Equation 1 for every task at once: prompts [T, n, d] and T batches give P'_1 to P'_T."""
-    if alpha == 0:
+    if alpha == 0:  # no inner step
         return prompts
     P = prompts if prompts.requires_grad else prompts.detach().requires_grad_()
     with twice_differentiable(create_graph):

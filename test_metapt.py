@@ -701,7 +701,7 @@ def test_a_prompt_of_peft_is_read(world, tmp_path, capsys):
     run(finetune, predict=tmp_path / "new.txt", device="cpu", **ours)
     model = PromptedT5(t5, tokenizer, SENTIMENT)
     label = model.predict(prompt, model.encode([{"text": "the plot was gripping ."}])).item()
-    assert json.loads(capsys.readouterr().out)["label"] == label
+    assert json.loads(capsys.readouterr().out)["predicted"] == label
     (row,) = tune(world, tmp_path / "results.jsonl", seeds=1, max_epochs=1, **ours)
     assert row["method"] == "PEFT"
 
@@ -1413,7 +1413,7 @@ def test_every_weight_of_the_t5_stays_as_it_was(tokenizer):
 STOPS = [("validate", 1, signal.SIGINT), ("draw", 3, signal.SIGTERM)]
 
 
-@pytest.mark.parametrize("function, call, number", [*STOPS, ("save_state", 2, signal.SIGINT)])
+@pytest.mark.parametrize("function, call, number", [*STOPS, ("save_run", 2, signal.SIGINT)])
 def test_a_stopped_run_continues_to_the_same_bytes(
     world, learned, tmp_path, at_call, function, call, number
 ):
@@ -1667,8 +1667,8 @@ def test_the_short_table_holds_means_and_deviations(capsys):
     rows.append({**rows[0], "method": "ft", "prompt": "none"})
     finetune.print_table("Title", finetune.score_table(rows))
     printed = capsys.readouterr().out
-    assert "| 8     | MetaPT | meta   | 60.00 ± 14.14 | 40.00 ± 0.00 |" in printed
-    assert "| 8     | FT     | none   | 50.00 ± 0.00  | -            |" in printed
+    assert "| 8     | MetaPT | meta   | 60.00 ± 14.14 | 40.00 |" in printed
+    assert "| 8     | FT     | none   | 50.00         | -     |" in printed
 
 
 def test_a_tuned_prompt_labels_new_text(world, learned, sweep, tmp_path, capsys):
@@ -1680,7 +1680,7 @@ def test_a_tuned_prompt_labels_new_text(world, learned, sweep, tmp_path, capsys)
     model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT, max_length=128)
     expected = model.probabilities(load_prompt(tuned)[0], model.encode(lines))
     for line, p in zip(lines, expected, strict=True):
-        assert line["word"] == SENTIMENT.words[line["label"]] == SENTIMENT.words[p.argmax()]
+        assert line["word"] == SENTIMENT.words[line["predicted"]] == SENTIMENT.words[p.argmax()]
         assert list(line["probabilities"].values()) == pytest.approx(p.tolist(), abs=1e-4)
 
     # A --max-length that is given wins over that of the prompt's run.
@@ -1699,9 +1699,12 @@ def test_predictions_of_labelled_texts_are_scored(world, learned, tmp_path, caps
     run(finetune, predict=texts, **flags)
     printed = capsys.readouterr()
     rows = [json.loads(line) for line in printed.out.splitlines()]
-    assert [row["gold"] for row in rows] == [example["label"] for example in test]
-    share = np.mean([row["gold"] == row["label"] for row in rows])
+    assert [row["label"] for row in rows] == [example["label"] for example in test]
+    share = np.mean([row["label"] == row["predicted"] for row in rows])
     assert f"accuracy {share:.1%}, macro-F1 " in printed.err and "of 40 labelled" in printed.err
+    data.write_lines(texts, [*test, {"text": "who knows ?"}])
+    run(finetune, predict=texts, **flags)
+    assert f"accuracy {share:.1%}" in capsys.readouterr().err  # those that have a label count
     data.write_lines(texts, [test[0], {**test[1], "label": 7}])
     with pytest.raises(InputError, match="test.jsonl: text 2: label 7 is not one of 0 to 4"):
         run(finetune, predict=texts, **flags)

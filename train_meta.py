@@ -47,13 +47,14 @@ MAML = {"learning_rate": 0.025, "max_steps": 20_000, "eval_every": 500, "patienc
 PPT = {"learning_rate": 0.003, "max_steps": 1_250_000, "eval_every": 20_000, "patience": 5}  # A.2
 SETTINGS = {"maml": MAML, "fomaml": MAML, "ppt": PPT}
 ALPHA = 0.08  # the inner loop's learning rate, A.3
-M = 4  # its examples, Section 4.3
+M = 4  # its examples of a task, A.3
 ALPHAS = [0.8, 0.3, 0.08, 0.03, 0.008]  # A.3's search
 BETAS = [0.3, 0.08, 0.03, 0.025, 0.008]
 EPOCHS = 5  # of PPT at most, A.2
+STARTS = ("vocab", "uniform")  # random prompts
 
 
-# ------------------------------------------------------- Section 4.3 and Appendix A, to be copied
+# -------------------------------- Section 4.3 and Appendix A, of tensors, lists and numbers alone
 
 
 def split_clusters(examples, validation, m, seed):
@@ -109,9 +110,9 @@ def ppt_gradient(model, prompt, batch):
 
 
 def validate(model, prompt, held_out, alpha):
-    """Meta-validation (A.3): adapts to m examples of every cluster (Equation 1) and scores the rest
-    of it; accuracy, loss and the share answered with a word of the task, each the mean over
-    clusters.
+    """Meta-validation (A.3): adapts to m held-out examples of every cluster (Equation 1), the same
+    at every validation, and scores the rest; accuracy, loss and the share answered with a word of
+    the task, each the mean over clusters.
 
     held_out: (support, batches to score) for each cluster. Without a support, as for PPT, the
     prompt is scored as it is.
@@ -193,7 +194,7 @@ def learn(args, model, tasks, held_out, facts, run, begun):
                     best.copy_(prompt.detach())
                 save(step, log)
                 if rank == 0:
-                    bar.write(f"step {step:,}: accuracy {score['accuracy']:.1%}")
+                    bar.write(f"{out}: step {step:,}, accuracy {score['accuracy']:.1%}")
 
             if stopped or step >= max_steps or out_of_patience(log, args.patience, first):
                 break
@@ -321,7 +322,7 @@ def read_source(args, task, m):
     if data.rank_and_world()[0] == 0:
         print(
             f"{args.method} on {size:,} examples in {len(tasks)} clusters; "
-            f"{sum(map(len, held_out)):,} others validate",
+            f"{sum(map(len, held_out)):,} others are held out",
             flush=True,
         )
 
@@ -334,9 +335,6 @@ def encode_held_out(model, examples, m, ppt):
     return None if ppt else model.encode(examples[:m]), list(model.batches(examples[m:]))
 
 
-STARTS = ("vocab", "uniform")
-
-
 def start_prompt(model, args):
     """A random prompt, or the one in the folder --init."""
     if args.init in STARTS:
@@ -346,18 +344,16 @@ def start_prompt(model, args):
 
 # - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the checkpoint
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by PyTorch's names
+
 
 def save_run(out, run, facts, t5, prompt, best, optimizer, step, log):
-    """Writes, from the first process, what a continued run needs and the best prompt so far."""
-    if data.rank_and_world()[0] == 0:
-        save_state(out, run, prompt, best, optimizer, step, log)
-        score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
-        save_prompt(out, best, t5, **facts, **score, start_accuracy=log[0]["accuracy"])
+    """Writes, from the first process, the best prompt so far and what a continued run needs, in one
+    safetensors file: the prompt, the best, AdamW's two moments and its step; in the header the log
+    and what decides about the run."""
+    if data.rank_and_world()[0] > 0:
+        return
 
-
-def save_state(out, run, prompt, best, optimizer, step, log):
-    """Writes what a continued run needs, in one safetensors file: the prompt, the best so far,
-    AdamW's two moments and its step; in the header the log and what decides about the run."""
     out.mkdir(parents=True, exist_ok=True)
     adamw = optimizer.state[prompt] or {name: torch.zeros_like(prompt) for name in MOMENTS}
     tensors = {"prompt": prompt.detach(), "best": best, **{name: adamw[name] for name in MOMENTS}}
@@ -366,9 +362,8 @@ def save_state(out, run, prompt, best, optimizer, step, log):
     path = out / "checkpoint.safetensors"
     write_beside(path, lambda beside: save_file(tensors, beside, header))
     data.write_lines(out / "log.jsonl", log)
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by PyTorch's names
+    score = {name: log[best_of(log)][name] for name in ("step", "accuracy", "loss")}
+    save_prompt(out, best, t5, **facts, **score, start_accuracy=log[0]["accuracy"])
 
 
 def read_checkpoint(path):
