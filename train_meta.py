@@ -166,7 +166,11 @@ def train(args):
 
 def learn(args, model, tasks, held_out, facts, run, begun):
     """The outer loop of Section 4.3, from where the checkpoint stands; returns the last step and
-    the log. Under torchrun every process works on its share of a step's meta-tasks."""
+    the log. Under torchrun every process works on its share of a step's meta-tasks.
+
+    facts: what is written beside the prompt. run: what decides about its digits, by which a run is
+    known when it is continued. begun: what the checkpoint holds, {} where there is none.
+    """
     out, rank = Path(args.out), data.rank_and_world()[0]
     max_steps, first = limits(args, tasks)
     prompt = torch.nn.Parameter(start_prompt(model, args))
@@ -199,7 +203,7 @@ def learn(args, model, tasks, held_out, facts, run, begun):
             if stopped or step >= max_steps or out_of_patience(log, args.patience, first):
                 break
 
-            if args.method == "ppt":
+            if args.method == "ppt":  # A.2's schedule; MetaPT's β is constant
                 factor = linear_schedule(step, max_steps)
                 optimizer.param_groups[0]["lr"] = args.learning_rate * factor
 
