@@ -1,8 +1,8 @@
 """
 MetaPT: Learning a Better Initialization for Soft Prompts via Meta-Learning (Huang, Qian and Yu).
 
-The method and nothing else; it needs torch and transformers (5.15 or newer), and can be copied
-alone into another project. From top to bottom:
+The method and the files that it needs; it takes torch and transformers (5.15 or newer), and can be
+copied alone into another project. From top to bottom:
 
     Section 3             Task, PromptedT5: a frozen T5 reads [P; H(x)] and answers at the mask
     Equations 1 and 2     adapt, textbook_meta_gradient: the definition, as it is written
@@ -470,11 +470,11 @@ def summed_loss(model, prompts, batches):
     lengths, order = batch["attention_mask"].sum(1).cpu().sort(stable=True)
     elements = int(lengths.sum() + len(order) * prompts.shape[1]) * prompts.shape[2]
     chunks = max(1, round(elements / CHUNK_SIZE.get(prompts.device.type, 2**23)))
-    P, total = prompts.unbind(), 0
+    each, total = prompts.unbind(), 0
     for rows in order.chunk(chunks):
         # Not prompts[owners]: on a CPU the gradient of that is summed in no fixed order.
         owners = task[rows]
-        own = torch.stack([P[i] for i in owners])
+        own = torch.stack([each[i] for i in owners])
         losses = model.loss(own, select(batch, rows), reduction="none")
         total = total + (losses / sizes[owners].to(losses.device)).sum()
 
@@ -545,8 +545,8 @@ def best_of(scores):
 
 
 def out_of_patience(scores, patience, first=0):
-    """Appendix A's early stopping: whether `patience` validations have followed the best one, and
-    the one of number `first`."""
+    """Appendix A's early stopping: whether `patience` validations have come since the best one, or
+    since that of number `first`, if that is later."""
     return len(scores) - 1 - max(best_of(scores) or 0, first) >= patience
 
 

@@ -172,7 +172,7 @@ def learn(args, model, tasks, held_out, facts, run, begun):
     known when it is continued. begun: what the checkpoint holds, {} where there is none.
     """
     out, rank = Path(args.out), data.rank_and_world()[0]
-    max_steps, first = limits(args, tasks)
+    max_steps, patience_from = limits(args, tasks)
     prompt = torch.nn.Parameter(start_prompt(model, args))
     optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=0.0)
     best = prompt.detach().clone()
@@ -200,7 +200,7 @@ def learn(args, model, tasks, held_out, facts, run, begun):
                 if rank == 0:
                     bar.write(f"{out}: step {step:,}, accuracy {score['accuracy']:.1%}")
 
-            if stopped or step >= max_steps or out_of_patience(log, args.patience, first):
+            if stopped or step >= max_steps or out_of_patience(log, args.patience, patience_from):
                 break
 
             if args.method == "ppt":  # A.2's schedule; MetaPT's β is constant

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What was measured on one GPU, in 12 minutes: precision, speed and memory; then the study on real text
-# with a T5 ten times as large. Every line is in $OUT/gpu.txt once it is measured, so that a run that is
-# cut off has what came before. The downstream comparison needs peft: pip install peft.
+# What one GPU would show, and has not yet: precision, speed and memory; then the study on real text
+# with a T5 ten times as large; some 12 minutes. Every line is in $OUT/gpu.txt once it is measured,
+# so that a run that is cut off has what came before. The last of the steps needs peft.
 #
 #   bash figures/gpu.sh precision steps
 #   INPUTS=real bash figures/gpu.sh t5 study    # INPUTS has what offline/README.md's first commands make:
