@@ -19,10 +19,6 @@ precision the meta-gradient at small has this error against float64, and this co
     TF32, its rounding imitated on the CPU         1.1 %   0.9999
     bfloat16 weights, float32 prompt               3.7 %   0.9993
     autocast to bfloat16                           3.3 %   0.9995
-
-GiB of the weights, and of a task of 4 + 4 examples with 100 vectors, at 40 and 256 tokens:
-    small 0.2; 0.4, 1.3    base 0.8; 1.1, 3.9    large 2.7; 2.6, 9.4
-    computed from these: XL 10.4; 5, 19    XXL 41.0; 10, 38    --dtype bfloat16 halves all of it
 """
 
 import copy
