@@ -56,7 +56,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-# Our scripts say at their top whether they are asked for --help, which needs no PyTorch, whose import
+# Our scripts say at their top whether they are asked for --help, which needs no PyTorch: its import
 # takes seconds. Another program that imports this file says nothing.
 HELP = getattr(sys.modules["__main__"], "HELP", None)
 if HELP is False:

@@ -59,8 +59,8 @@ STARTS = ("vocab", "uniform")  # random prompts
 
 def split_clusters(examples, validation, m, seed):
     """The meta-tasks (A.3): [training examples of each cluster] and [held-out examples of each],
-    about `validation` held out in all. Raises InputError where a cluster is too small to draw m support
-    and m query examples from it, and to hold out more than m."""
+    about `validation` held out in all. Raises InputError where a cluster is too small to draw m
+    support and m query examples from it, and to hold out more than m."""
     clusters = {}
     for example in examples:
         clusters.setdefault(example.get("cluster", 0), []).append(example)
