@@ -59,7 +59,7 @@ from tqdm import tqdm
 # Our scripts say at their top whether they are asked for --help, which needs no PyTorch: its import
 # takes seconds. Another program that imports this file says nothing.
 HELP = getattr(sys.modules["__main__"], "HELP", None)
-if HELP is False:
+if isinstance(HELP, bool):
     # Large pages, which PyTorch asks for where this is set, take a twentieth off a step on a CPU.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # A folder beside the scripts, as --out peft/mine makes one, is an empty package to Python, and
