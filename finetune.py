@@ -163,9 +163,7 @@ def run_all(args):
     results, rows, made, diverged = read_results(out), [], 0, []
     for run in tqdm(runs, "runs", disable=None):
         key = identity(run["row"])
-        # A prompt's metapt.json is written last.
-        saved = not args.save or (saved_folder(args, run["row"]) / "metapt.json").exists()
-        if args.restart or key not in results or not saved and run["start"] is not None:
+        if args.restart or key not in results or is_unsaved(args, run):
             try:
                 # What another process has added meanwhile is seen too.
                 results = add_result(out, one_run(args, run), args.restart)
@@ -372,6 +370,13 @@ def saved_folder(args, row):
     return Path(args.save) / "-".join(map(str, name))
 
 
+def is_unsaved(args, run):
+    """Whether --save wants a tuned prompt whose folder does not hold one, whole."""
+    if not args.save or run["start"] is None:
+        return False
+    return not (saved_folder(args, run["row"]) / "metapt.json").exists()  # written last
+
+
 # ------------------------------------------------------------------ Results: their file, the table
 
 NAMES = {
@@ -533,8 +538,9 @@ def read_texts(path, task):
     if not examples:
         raise InputError(f"{path}: no text to label; give one on each line")
     for number, example in enumerate(examples, 1):
-        with blame(f"{path}: text {number}", "mend its label, or leave it out"):
-            data.check_example(example, task, labelled="label" in example)
+        if "label" in example:  # all else is checked already
+            with blame(f"{path}: text {number}", "mend its label, or leave it out"):
+                data.check_example(example, task)
     return examples
 
 

@@ -177,12 +177,7 @@ def learn(args, model, tasks, held_out, facts, run, begun):
     optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=0.0)
     best = prompt.detach().clone()
     step, log = load_state(out, begun, prompt, best, optimizer)
-    all_reduce(torch.zeros(1, device=prompt.device))  # no process writes before all have read
-    if rank == 0:
-        if args.restart:
-            (out / "checkpoint.safetensors").unlink(missing_ok=True)
-        data.save_arguments(out / "arguments.json", args)
-
+    claim(args, prompt.device)
     save = partial(save_run, out, run, facts, model.t5, prompt, best, optimizer)
     stopped = False
     bar = tqdm(None, args.method, max_steps, initial=step, disable=rank > 0 or None)
@@ -190,15 +185,12 @@ def learn(args, model, tasks, held_out, facts, run, begun):
         while True:
             due = step % args.eval_every == 0 or step >= max_steps
             if due and not (log and log[-1]["step"] == step):  # which may be where it continues
-                score = validate(model, prompt.detach(), held_out, args.alpha)
-                score = shared_mean(score, prompt)
-                check_finite(out, step, torch.tensor(score["loss"]))
-                log.append({"step": step, **score})
+                log.append(scored(args, model, prompt, held_out, step))
                 if best_of(log) == len(log) - 1:
                     best.copy_(prompt.detach())
                 save(step, log)
                 if rank == 0:
-                    bar.write(f"{out}: step {step:,}, accuracy {score['accuracy']:.1%}")
+                    bar.write(f"{out}: step {step:,}, accuracy {log[-1]['accuracy']:.1%}")
 
             if stopped or step >= max_steps or out_of_patience(log, args.patience, patience_from):
                 break
@@ -221,6 +213,25 @@ def learn(args, model, tasks, held_out, facts, run, begun):
             raise KeyboardInterrupt(f"stopped at step {step:,} and saved; {data.CONTINUES}")
 
     return step, log
+
+
+def claim(args, device):
+    """Makes the folder args.out this run's, from the first process, once all have read what an
+    earlier run left there."""
+    all_reduce(torch.zeros(1, device=device))
+    if data.rank_and_world()[0] > 0:
+        return
+    if args.restart:
+        Path(args.out, "checkpoint.safetensors").unlink(missing_ok=True)
+    data.save_arguments(Path(args.out, "arguments.json"), args)
+
+
+def scored(args, model, prompt, held_out, step):
+    """A line of the log: the meta-validation of a step. Raises Diverged where its loss is not
+    finite."""
+    score = shared_mean(validate(model, prompt.detach(), held_out, args.alpha), prompt)
+    check_finite(Path(args.out), step, torch.tensor(score["loss"]))
+    return {"step": step, **score}
 
 
 def limits(args, tasks):
@@ -247,9 +258,7 @@ def gradient_of(args, model, prompt, drawn):
     """What the outer loop descends, by the method of the run, and the loss."""
     if args.method == "ppt":
         return ppt_gradient(model, prompt, *drawn)
-    # Without an inner step there is no second order to compute.
-    first_order = args.method == "fomaml" or args.alpha == 0
-    how = {"first_order": first_order, "tasks_per_pass": args.tasks_per_pass}
+    how = {"first_order": args.method == "fomaml", "tasks_per_pass": args.tasks_per_pass}
     return meta_gradient(model, prompt, *drawn, args.alpha, **how)
 
 
@@ -445,7 +454,7 @@ def search(args):
 
 # - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the flags
 
-FREE = ("out", "config", "restart", "search", "device", "tasks_per_pass")  # may change
+FREE = ("out", "config", "restart", "search", "device", "tasks_per_pass")  # may differ later
 
 
 def deciding(args):

@@ -63,7 +63,7 @@ study() {
     done
     wait
     for seed in 1 2 3; do
-        within 60 python "$here/offline/inner_step.py" --source pseudo/kmeans10.jsonl ${run% --matmul*} \
+        within 60 python "$here/offline/inner_step.py" --source pseudo/kmeans10.jsonl $run \
             --validation 600 --seed $seed --prompt random "$OUT"/prompts/{maml,plain,ppt}-$seed &
         for task in sst5 sst2 sentihood semeval_restaurant amazon5; do
             {

@@ -21,7 +21,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-from finetune import LEGEND, method_name, print_table, read_results, spread
+from finetune import LEGEND, in_points, method_name, print_table, read_results, spread
 from metapt import InputError, blame
 
 # The paper's own results, of 40 shots and five seeds: Tables 1 and 2, whose K-means is MetaPT(Y).
@@ -134,8 +134,8 @@ def score_table(lines):
 
     def cell(name, task):
         line = lines[name][task]
-        mean, deviation, count = spread(line.values())
-        text = f"{mean:.2f} ± {deviation:.2f}" if count > 1 else f"{mean:.2f}"
+        mean, _, count = spread(line.values())
+        text = in_points(line.values())
         if mean == max(best[*name[:3], task]):
             text = f"**{text}**"
 

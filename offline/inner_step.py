@@ -31,7 +31,7 @@ def inner_step(model, prompt, supports, queries, alpha):
         before, after = (summed_loss(model, some, queries).item() for some in (P, adapted))
 
     second_order, _ = meta_gradient(model, prompt, supports, queries, alpha)
-    plain, _ = meta_gradient(model, prompt, supports, queries, alpha=0.0, first_order=True)
+    plain, _ = meta_gradient(model, prompt, supports, queries, alpha=0.0)
     moved = ((adapted - prompt).flatten(1).norm(dim=1) / prompt.norm()).mean().item()
     cosine = F.cosine_similarity(second_order.flatten(), plain.flatten(), dim=0).item()
     return moved, before / len(queries), after / len(queries), cosine
@@ -50,12 +50,12 @@ def main(argv=None):
     add("--max-length", type=number(1), default=data.MAX_LENGTH, help="tokens of a text at most")
     add("--seed", type=number(0), default=1, help="the prompts' own, of the split and every draw")
     data.add_start(parser)
-    parser.add_machine()
+    data.add_precision(parser.add_machine())
     args = parser.parse(argv)
     data.set_machine(args)
 
     task = Task.load(Path(args.source).parent)
-    model = PromptedT5(*load_t5(args.model, args.device), task, args.max_length)
+    model = PromptedT5(*load_t5(args.model, args.device, args.dtype), task, args.max_length)
     examples = list(data.read_examples(args.source, task))
     _, held_out = split_clusters(examples, args.validation, M, seed=args.seed)
 
