@@ -8,34 +8,30 @@ K-means.
 
 The output holds the source's lines in their order, each with its "cluster". Where it is in another
 folder than the source, the source's task.json is copied beside it. Embeddings are stored beside the
-source and used again.
+output and used again.
 """
 
-import signal
-import sys
+import script  # first: it sets how PyTorch takes its memory
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
-    HELP = not {"-h", "--help"}.isdisjoint(sys.argv)
-
-import json
 import math
+import sys
 from pathlib import Path
 
+import faiss
 import numpy as np
-from tqdm import tqdm
+import scipy.sparse
+import torch
+from sentence_transformers import SentenceTransformer
+from sklearn.decomposition import LatentDirichletAllocation
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.manifold import TSNE
 
 import data
+from metapt import InputError, Task, digest, input_errors, write_atomically, write_json
+from script import number
 
-if not data.HELP:
-    import faiss
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sklearn.decomposition import LatentDirichletAllocation
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.manifold import TSNE
-
-    from metapt import InputError, Task, blame, write_beside
+METHODS = ("kmeans", "lda", "random", "label")  # Appendix B.1, Table 2
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # a sentence-BERT; the paper names none
 
 # ------------------------------------------------ Section 4.2 and Appendix B.1: four clusterings
 
@@ -56,6 +52,16 @@ def kmeans(embeddings, k, seed):
     model.train(embeddings)
     distances, clusters = model.index.search(embeddings, 1)
     return clusters[:, 0], distances[:, 0]
+
+
+def count_words(texts, size):
+    """The `size` most frequent English words of N texts but for stop words: counts [N, words] and
+    the words, none where no text has a word of two letters or more."""
+    vectorizer = CountVectorizer(stop_words="english", max_features=size)
+    try:
+        return vectorizer.fit_transform(texts), vectorizer.get_feature_names_out()
+    except ValueError:  # which scikit-learn calls an empty vocabulary
+        return scipy.sparse.csr_matrix((len(texts), 0)), np.array([], dtype=str)
 
 
 def lda(counts, k, seed, size=512, updates=100):
@@ -80,12 +86,12 @@ def random_clusters(count, k, seed):
 
 def nearest(clusters, distances, count=3):
     """Appendix B.2: {cluster: the numbers of the texts that are nearest to its centroid}."""
-    found = {}
+    rows = {}
     for name in np.unique(clusters):
         members = np.flatnonzero(clusters == name)
         order = np.argsort(distances[members], kind="stable")
-        found[int(name)] = members[order[:count]].tolist()
-    return found
+        rows[int(name)] = members[order[:count]].tolist()
+    return rows
 
 
 def telling_words(counts, clusters, words, count=8):
@@ -95,11 +101,25 @@ def telling_words(counts, clusters, words, count=8):
     names = np.unique(clusters)
     held = [counts[clusters == name].sign().sum(0) for name in names]  # texts that hold a word
     held = np.array([np.asarray(row).ravel() for row in held])
-    within, without = held + 0.1, held.sum(0) - held + 0.1
+    within = held + 0.1
+    without = held.sum(0) - held + 0.1
     within /= within.sum(1, keepdims=True)
     without /= without.sum(1, keepdims=True)
     order = np.argsort(-within * np.log(within / without), 1)[:, :count]
     return {int(name): words[row].tolist() for name, row in zip(names, order)}
+
+
+def of_one_label(labels, clusters, share=0.8):
+    """The clusters in which one label has `share` of the examples or more, though not in the
+    source: they are close to Appendix B.1's clustering by label."""
+    overall = np.bincount(labels) / len(labels)
+    names = []
+    for name in np.unique(clusters):
+        members = labels[clusters == name]
+        label = np.bincount(members).argmax()
+        if (members == label).mean() >= share > overall[label]:
+            names.append(int(name))
+    return names
 
 
 def plot(embeddings, panels, seed, sample=2500):
@@ -121,6 +141,7 @@ def plot(embeddings, panels, seed, sample=2500):
             label = f"{name}: {', '.join(words[name][:3])}"
             marker = "os^DvPX*<>"[i % 10]  # so that clusters can be told apart without colour
             axis.scatter(x, y, s=9, marker=marker, color=colours(i), linewidths=0, label=label)
+
         axis.set(title=title, xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05), "ncols": 2}
         axis.legend(**below, fontsize=9, markerscale=2.5, frameon=False)
@@ -129,69 +150,34 @@ def plot(embeddings, panels, seed, sample=2500):
     return figure
 
 
-# ------------------------------------------------------------ The run: files, continuing, errors
+# -------------------------------------------------------------------- The run: files, errors, flags
 
 
-def place_of_embeddings(source, texts, encoder):
-    """Where embeddings are stored beside the source: by a name that other texts or another encoder
-    would change."""
-    files = [(str(file), file.stat().st_mtime_ns) for file in sorted(Path(encoder).glob("*"))]
-    made_of = data.digest(*(text + "\n" for text in texts), json.dumps([encoder, files]))
-    return source.with_name(f"{data.unpacked_name(source)}.{made_of}.npy")
-
-
-def embed(texts, path, encoder, device, size=20_000):
+def embed(texts, folder, encoder, device):
     """Section 4.2's sentence embeddings of unit length, [N, d] float32, by a sentence-transformers
     model's name or folder; the folder of any transformer serves too, with the mean over its tokens.
-    They are written to a file block after block, so that a stopped run continues, and stored at
-    `path`. Raises InputError."""
-    if not path.exists():
-        with blame(encoder, "give a sentence-transformers model by hub name or folder", Exception):
-            weights = {"use_safetensors": True, "dtype": torch.float32}
-            model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
+    They are stored in `folder` under the digest of what they are made of; a second command waits
+    for them. Raises InputError."""
+    made_of = {"texts": [digest(text.encode()) for text in texts]}
+    made_of["encoder"] = script.contents(encoder)
+    path = Path(folder, f"embeddings-{digest(made_of)}.npy")
+    with script.only_writer(path, wait=True):
+        if not path.exists():
+            with input_errors(encoder, "give a sentence-BERT by hub name or folder", Exception):
+                weights = {"use_safetensors": True, "dtype": torch.float32}
+                model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
 
-        rows, width = path.with_suffix(".rows"), model.get_embedding_dimension()
-        with open(rows, "ab") as file:
-            done = file.tell() // (4 * width)
-            file.truncate(4 * width * done)  # a row may have been written in part
-            for start in tqdm(range(done, len(texts), size), "embedding", disable=None):
-                try:
-                    block = encode(model, texts[start : start + size], encoder)
-                except InputError:
-                    rows.unlink()
-                    raise
-                file.write(block.tobytes())
-                file.flush()
+            options = {"batch_size": 128, "show_progress_bar": sys.stderr.isatty()}
+            embeddings = model.encode(texts, normalize_embeddings=True, **options)
+            embeddings = embeddings.astype(np.float32)
+            finite = np.isfinite(embeddings).all(1)
+            if not finite.all():
+                problem = f"the embedding of {texts[finite.argmin()][:60]!r} is not finite"
+                raise InputError(f"{encoder}: {problem}; give another --encoder")
+            write_atomically(path, lambda file: np.save(file, embeddings, allow_pickle=False))
 
-        with blame(rows, "remove it and give the same command again"):
-            embeddings = np.memmap(rows, np.float32, "r", shape=(len(texts), width))
-        write_beside(path, lambda beside: write_array(beside, embeddings))
-        rows.unlink()
-
-    with blame(path, f"not the embeddings of {len(texts):,} texts: remove it"):
-        embeddings = np.lib.format.open_memmap(path, "r")  # it refuses objects: nothing pickled
-        if (embeddings.dtype, embeddings.ndim, len(embeddings)) != (np.float32, 2, len(texts)):
-            raise ValueError(f"{embeddings.dtype} of shape {embeddings.shape}")
-
-    return embeddings
-
-
-def encode(model, texts, name):
-    """The embeddings of a block of texts. Raises InputError where one is not finite."""
-    shown = sys.stderr.isatty()
-    how = {"batch_size": 128, "normalize_embeddings": True, "show_progress_bar": shown}
-    rows = model.encode(texts, **how).astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(rows).all(1))
-    if len(bad):
-        text = texts[bad[0]][:60]
-        raise InputError(f"{name}: the embedding of {text!r} is not finite; give another --encoder")
-    return rows
-
-
-def write_array(path, array):
-    """NumPy's own form, at a path that does not end in .npy."""
-    with open(path, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+    with input_errors(path, "remove it"):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def describe(task, texts, labels, clusters, distances, telling):
@@ -205,32 +191,33 @@ def describe(task, texts, labels, clusters, distances, telling):
         for row in rows:
             print(f"    {' '.join(texts[row].split())[:110]}")
 
+    names = [] if np.array_equal(clusters, labels) else of_one_label(labels, clusters)
+    if names:
+        print(
+            f"warning: four in five examples or more have one label in cluster {names}: clustering "
+            "by label, which this is close to, is no better than PPT in Table 2"
+        )
+
 
 def make_meta_tasks(args):
     """Section 4.2: clusters args.source by args.method, for every number of clusters in args.k."""
-    source, task = Path(args.source), Task.load(Path(args.source).parent)
+    source = Path(args.source)
+    task = Task.load(source.parent)
     examples = list(data.read_examples(source, task))
     texts = [data.text_of(example, task) for example in examples]
     labels = np.array([example["label"] for example in examples])
     if not all(2 <= k <= len(examples) for k in args.k):
         raise InputError(f"{source}: {len(examples):,} examples cannot make {args.k} clusters")
 
-    outs = {}
-    for k in args.k:
-        name = f"{args.method}{'' if args.method == 'label' else k}.jsonl"
-        outs[k] = Path(args.out or source.with_name(name))
-
-    vectorizer = CountVectorizer(stop_words="english", max_features=args.vocabulary)
-    with blame(source, "give texts of other words"):
-        counts = vectorizer.fit_transform(texts)  # [N, words]
-
-    words = vectorizer.get_feature_names_out()
+    counts, words = count_words(texts, args.vocabulary)
+    if args.method == "lda" and not len(words):
+        raise InputError(f"{source}: no words for LDA to count; give texts of other words")
+    folder = Path(args.out).parent if args.out else source.parent
     if args.method == "kmeans" or args.figure:
-        place = place_of_embeddings(source, texts, args.encoder)
-        embeddings = embed(texts, place, args.encoder, args.device)
+        embeddings = embed(texts, folder, args.encoder, args.device)
 
     panels = []
-    for k, out in outs.items():
+    for k in args.k:
         distances = np.zeros(len(examples))
         if args.method == "kmeans":
             clusters, distances = kmeans(embeddings, k, args.seed)
@@ -241,8 +228,9 @@ def make_meta_tasks(args):
         else:
             clusters = labels
 
-        write_clusters(out, source, task, examples, clusters)
-        data.save_arguments(out.with_suffix(".json"), args)
+        name = f"{args.method}{'' if args.method == 'label' else k}.jsonl"
+        out = Path(args.out or folder / name)
+        write_clusters(out, task, examples, clusters, args)
         telling = telling_words(counts, clusters, words)
         describe(task, texts, labels, clusters, distances, telling)
         panels.append((f"{args.method}, {len(telling)} clusters", clusters, telling))
@@ -252,29 +240,28 @@ def make_meta_tasks(args):
         data.save_figure(args.figure, plot(embeddings, panels, args.seed))
 
 
-def write_clusters(out, source, task, examples, clusters):
-    """Writes the examples, each with its cluster, and their task."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+def write_clusters(out, task, examples, clusters, args):
+    """Writes the examples, each with its cluster, their task, and last the arguments with the
+    digest of the examples' file, which tells whether they belong to it."""
     pairs = zip(examples, clusters.tolist())
     data.write_lines(out, ({**example, "cluster": name} for example, name in pairs))
-    if out.parent != source.parent:
+    if out.parent != Path(args.source).parent:
         task.save(out.parent)
+    notes = {"clusters": digest(out), "method": args.method, "arguments": vars(args)}
+    write_json(out.with_suffix(".json"), notes)
 
 
 def main(argv=None):
     """Reads the flags and makes the meta-tasks."""
-    parser = data.Parser(__doc__)
+    parser = script.Parser(__doc__)
     parser.add_config()
-    add, number, file = parser.add_argument, data.number, data.existing("file")
-    methods = ["kmeans", "lda", "random", "label"]
-    encoder = "sentence-transformers/all-MiniLM-L6-v2"
-    picture = "draws the clusters by t-SNE of the embeddings, a panel for each k"
-    add("--source", required=True, type=file, metavar="FILE", help="examples, a task.json beside")
+    add = parser.add_argument
+    add("--source", required=True, metavar="FILE", help="examples, their task.json beside them")
     add("--out", metavar="FILE", help="to write (default: METHOD and K.jsonl beside the source)")
-    add("--method", default="kmeans", choices=methods, help="how to cluster")
-    add("--k", type=number(2), default=[10], nargs="+", help="clusters; several: a file each")
-    add("--encoder", default=encoder, help="a sentence-BERT by hub name or folder")
-    add("--figure", type=data.picture, metavar="FILE", help=picture)
+    add("--method", default="kmeans", choices=METHODS, help="how to cluster, as Table 2 compares")
+    add("--k", type=number(2), default=[10], nargs="+", help="clusters; of several a file each")
+    add("--encoder", default=ENCODER, help="a sentence-BERT by hub name or folder")
+    add("--figure", metavar="FILE", help="a .png, .pdf or .svg: draw t-SNE, a panel for each k")
     add("--vocabulary", type=number(1), default=10_000, help="words that LDA and the report count")
     seed = number(0, 2**31 - 1)  # FAISS takes no larger one
     add("--seed", type=seed, default=1, help="of K-means, LDA, random clusters and t-SNE")
@@ -285,9 +272,9 @@ def main(argv=None):
     if args.out and (not args.out.endswith(".jsonl") or Path(args.out).name == "task.jsonl"):
         parser.error("--out must end in .jsonl; its arguments go into a .json of the same name")
 
-    data.set_machine(args)
+    script.set_machine(args)
     make_meta_tasks(args)
 
 
 if __name__ == "__main__":
-    data.run(main)
+    script.run(main)

@@ -1,14 +1,14 @@
 """
 MetaPT: Learning a Better Initialization for Soft Prompts via Meta-Learning (Huang, Qian and Yu).
 
-The method and the files that it needs; it takes torch and transformers (5.15 or newer), and can be
+The method and the files that it needs. It takes torch and transformers (5.15 or newer), and can be
 copied alone into another project. From top to bottom:
 
     Section 3             Task, PromptedT5: a frozen T5 reads [P; H(x)] and answers at the mask
     Equations 1 and 2     adapt, textbook_meta_gradient: the definition, as it is written
     The same, faster      meta_gradient, CrossAttention
-    Appendix A            linear_schedule, best_of: what every training loop shares
-    Files                 load_t5, save_prompt, load_prompt, JSON; errors of one line
+    Appendix A            linear_schedule, best_of, out_of_patience: what every training loop shares
+    Files                 load_t5, save_prompt, load_prompt; errors of one line
 
     task = Task("sst5", "{text}. It was {mask}", ["terrible", "bad", "okay", "good", "great"])
     model = PromptedT5(*load_t5("google-t5/t5-base"), task)
@@ -19,19 +19,19 @@ copied alone into another project. From top to bottom:
     prompt = prompt - beta * gradient
 """
 
+import hashlib
 import json
-import math
 import os
 import re
 import string
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, T5ForConditionalGeneration
@@ -39,6 +39,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 MASK = "<extra_id_0>"  # T5's first sentinel stands for the paper's <X>
 NEW_WORD = "\u2581"  # how a sentencepiece that begins a word begins
+INITS = ("vocab", "uniform")  # how a random prompt can be drawn
 
 
 class InputError(ValueError):
@@ -46,7 +47,7 @@ class InputError(ValueError):
 
 
 class Diverged(InputError):
-    """The losses of a training are not finite."""
+    """A loss or a probability is not finite."""
 
 
 # ------------------------------------------------------------- Section 3: the task as text, the T5
@@ -67,37 +68,26 @@ class Task:
     words: list[str]
 
     def __post_init__(self):
-        problem = self._problem()
-        if problem:
-            raise InputError(f"task {self.name}: {problem}")
-
-    def _problem(self):
-        """What is wrong with the task; None where nothing is."""
-        strings = [self.name, self.template, *self.words] if type(self.words) is list else [None]
-        if not all(isinstance(string, str) for string in strings):
-            return "name and template must be strings, and words a list of strings"
-        if "/" in self.name:
-            return "the name must not hold a slash"
-        if len(self.words) < 2 or len(set(self.words)) < len(self.words):
-            return f"the words {self.words} must be two or more, all different"
+        problem = InputError(
+            f"task {self.name!r}: it needs a name without a slash, a template that holds {{mask}} "
+            "once and a field of the examples, as '{text}. It was {mask}' does, and a list of two "
+            "or more words, all different"
+        )
+        words = self.words if isinstance(self.words, list) else []
+        if not all(isinstance(value, str) for value in [self.name, self.template, *words]):
+            raise problem
         try:
             names = [name for _, name in self.parts() if name is not None]
-        except ValueError as error:
-            return f"template {self.template!r} is broken: {error}"
-        if names.count("mask") != 1 or "" in names or len(names) < 2:
-            return (
-                f"the template {self.template!r} must hold {{mask}} once and a field of the "
-                "examples, as '{text}. It was {mask}' does"
-            )
+        except ValueError:  # of braces that do not close, say
+            raise problem
+        whole = names.count("mask") == 1 and "" not in names and len(names) > 1
+        if not whole or len(set(words)) < max(2, len(words)) or "/" in self.name:
+            raise problem
 
     def parts(self):
         """The template in parts: (words, the name in braces behind them or None)."""
-        parts = []
-        for words, name, form, conversion in string.Formatter().parse(self.template):
-            if form or conversion:
-                raise ValueError(f"{name!r} takes no format")
-            parts.append((words, name))
-        return parts
+        parts = string.Formatter().parse(self.template)
+        return [(words, name) for words, name, _, _ in parts]
 
     @property
     def fields(self):
@@ -105,100 +95,92 @@ class Task:
         return [name for _, name in self.parts() if name not in ("mask", None)]
 
     def fill(self, example):
-        """H(x) as text, <X> in it, and where each field stands in it: (from, to) characters."""
-        text, places = "", []
+        """H(x) as text, <X> in it."""
+        text = ""
         for words, name in self.parts():
-            # The paper's "I like this movie. It was <X>": no second full stop behind the text's own.
+            # The paper's "I like this movie. It was <X>": no full stop behind the text's own.
             text += words[1:] if words[:1] == "." and text.endswith((".", "!", "?")) else words
             if name == "mask":
                 text = text.removesuffix(" ") + MASK  # a sentinel takes the space before it along
             elif name is not None:
-                field = example[name].strip()
-                places.append((len(text), len(text) + len(field)))
-                text += field
-        return text, places
+                text += example[name].strip()
+        return text
 
     @classmethod
     def load(cls, path):
         """The task in `path`, a task.json or a folder that holds one. Raises InputError."""
         path = Path(path) / "task.json" if Path(path).is_dir() else Path(path)
-        mend = 'write {"name": ..., "template": ..., "words": [...]}'
-        facts = read_json(path, mend)
-        with blame(path, mend):
-            arguments = facts["name"], facts["template"], facts["words"]
-        try:
-            return cls(*arguments)
-        except InputError as error:
-            raise InputError(f"{path}: {error}; {mend}")
+        with input_errors(path, 'write {"name": ..., "template": ..., "words": [...]}'):
+            facts = read_json(path)
+            task = cls(facts["name"], facts["template"], facts["words"])
+        return task
 
     def save(self, folder):
         """Writes folder/task.json."""
-        facts = {"name": self.name, "template": self.template, "words": self.words}
-        write_json(Path(folder) / "task.json", facts)
+        write_json(Path(folder) / "task.json", asdict(self))
 
 
 class PromptedT5(torch.nn.Module):
     """A frozen T5 that reads a soft prompt P before the text, [P; H(x)], and answers at the mask
     (Section 3).
 
-    t5: any T5ForConditionalGeneration. It is changed in place: its weights are frozen, its dropout
-    is off until someone calls train(). Its cross-attention multiplies in another order from then
-    on, where no adapter stands in it.
+    t5: any T5ForConditionalGeneration. It is changed in place: its weights are frozen, and its
+    dropout is off until someone calls train().
     tokenizer: its tokenizer. task: the Task.
     max_length: tokens of H(x) at most; the text is cut, never the template.
+    faster: gives T5's cross-attention the class CrossAttention, which multiplies the same weights
+    in another order and takes a tenth off a meta-step; with faster=False the T5 stays as it is.
     Raises InputError where a word of the task is not one piece of the tokenizer, or where model or
     tokenizer is no T5's.
     """
 
-    def __init__(self, t5, tokenizer, task, max_length=256):
+    def __init__(self, t5, tokenizer, task, max_length=256, faster=True):
         super().__init__()
         if not isinstance(t5, T5ForConditionalGeneration):
             raise InputError(f"{type(t5).__name__} is no T5ForConditionalGeneration; give a T5")
 
         self.t5 = t5.requires_grad_(False).eval()
-        for block in t5.decoder.block:
+        for block in t5.decoder.block if faster else ():
             attention = block.layer[1].EncDecAttention
-            if {type(attention.k), type(attention.v)} == {torch.nn.Linear}:
+            if {type(attention.k), type(attention.v)} == {torch.nn.Linear}:  # and no adapter
                 attention.__class__ = CrossAttention
 
-        self.tokenizer, self.task, self.max_length = tokenizer, task, max_length
+        self.tokenizer = tokenizer
+        self.task = task
+        self.max_length = max_length
         self.mask_id = tokenizer.convert_tokens_to_ids(MASK)
-        known = tokenizer(MASK, add_special_tokens=False).input_ids == [self.mask_id]
-        known = known and self.mask_id != tokenizer.unk_token_id
-        complete = None not in (tokenizer.pad_token_id, tokenizer.eos_token_id)
-        if not known or not complete or len(tokenizer) > t5.get_input_embeddings().num_embeddings:
+        kind = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)).__name__
+        known = {self.mask_id, tokenizer.pad_token_id, tokenizer.eos_token_id}
+        fits = len(tokenizer) <= t5.get_input_embeddings().num_embeddings
+        if kind != "Unigram" or not fits or known & {None, tokenizer.unk_token_id}:
             raise InputError(
-                f"the tokenizer of {t5.config._name_or_path} has no {MASK}, no <pad> or no </s>, "
-                "or more pieces than the model knows; give the model's own"
+                f"the tokenizer of {t5.config._name_or_path} is not its T5's: no sentencepiece "
+                f"Unigram with {MASK}, <pad> and </s>, or larger than the model; give its own"
             )
 
         special = {MASK, *tokenizer.all_special_tokens} - {tokenizer.unk_token}
         self.special = re.compile("|".join(map(re.escape, special)))
-        # Some tokenizers read the space before a word, as a byte-level one does; T5's own marks the
-        # beginning of any text as that of a word.
-        pieces = tokenizer(task.words, add_special_tokens=False).input_ids
-        first = tokenizer.convert_ids_to_tokens(pieces[0][:1])
-        if not "".join(first).startswith(NEW_WORD):
-            spaced = [f" {word}" for word in task.words]
-            pieces = tokenizer(spaced, add_special_tokens=False).input_ids
-
-        problems = []
-        for word, ids in zip(task.words, pieces):
-            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                shown = tokenizer.convert_ids_to_tokens(ids)
-                problems.append(f"{word!r} is not one piece of the tokenizer, but {shown}")
-            elif pieces.count(ids) > 1:
-                problems.append(f"{word!r} is the same piece as another word")
-        if problems:
-            raise InputError(f"task {task.name}: {'; '.join(problems)}; choose other words")
-
+        word_ids = torch.tensor(self._ids_of_words())
         start_id = t5.config.decoder_start_token_id
         start_id = t5.config.pad_token_id if start_id is None else start_id
-        word_ids = torch.tensor(pieces)[:, 0]
         decoder_ids = torch.tensor([[start_id, self.mask_id]])
         # Buffers, so that they lie beside the weights and no forward pass has to bring them there.
         self.register_buffer("word_ids", word_ids.to(t5.device), persistent=False)
         self.register_buffer("decoder_ids", decoder_ids.to(t5.device), persistent=False)
+
+    def _ids_of_words(self):
+        """The token id of each of the task's words. Raises InputError."""
+        pieces = self.tokenizer(self.task.words, add_special_tokens=False).input_ids
+        problems = []
+        for word, ids in zip(self.task.words, pieces):
+            if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+                names = self.tokenizer.convert_ids_to_tokens(ids)
+                problems.append(f"{word!r} is not one piece of the tokenizer, but {names}")
+            elif pieces.count(ids) > 1:
+                problems.append(f"{word!r} is the same piece as another word")
+        if problems:
+            raise InputError(f"task {self.task.name}: {'; '.join(problems)}; choose other words")
+        return [ids[0] for ids in pieces]
 
     @property
     def device(self):
@@ -208,27 +190,29 @@ class PromptedT5(torch.nn.Module):
         """A prompt of no vectors, [0, d_model]."""
         return torch.zeros(0, self.t5.config.d_model, device=self.device)
 
-    def init_prompt(self, n_tokens=100, seed=1, init="vocab", scale=1.0):
-        """A random prompt [n_tokens, d_model], float32, times `scale`: rows of the frozen embedding
-        table (init="vocab"), or Lester et al.'s (2021) even noise from -0.5 to 0.5 ("uniform")."""
+    def init_prompt(self, n_tokens=100, seed=1, init="vocab"):
+        """A random prompt [n_tokens, d_model], float32: rows of the frozen embedding table
+        (init="vocab"), or Lester et al.'s (2021) even noise from -0.5 to 0.5 ("uniform"). Raises
+        InputError for another init."""
+        if init not in INITS:
+            raise InputError(f"a random prompt is {' or '.join(INITS)}, not {init!r}")
         generator = torch.Generator().manual_seed(seed)
         table = self.t5.get_input_embeddings().weight.detach().cpu()
         if init == "uniform":
             noise = torch.rand(n_tokens, table.shape[1], generator=generator) - 0.5
-            return (scale * noise).to(self.device)
+            return noise.to(self.device)
 
         special = set(self.tokenizer.all_special_ids)
-        known = min(len(self.tokenizer), len(table))
-        words = torch.tensor([i for i in range(known) if i not in special])
+        words = torch.tensor([i for i in range(len(self.tokenizer)) if i not in special])
         rows = words[torch.randint(len(words), (n_tokens,), generator=generator)]
-        return (scale * table[rows].float()).to(self.device)
+        return table[rows].float().to(self.device)
 
     def encode(self, examples):
         """H(x) of Section 3: examples (dicts with the template's fields and, where known, a
         `label`) as a batch: input_ids [B, L], attention_mask [B, L] and, where every example has
         one, labels [B]. It stays on the CPU until it is used. Raises InputError for a label without
         a word."""
-        ids = [torch.tensor(row) for row in self._fill(examples)]
+        ids = [torch.tensor(row) for row in self._ids_of(examples)]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
@@ -274,14 +258,19 @@ class PromptedT5(torch.nn.Module):
 
     def loss(self, prompt, batch, reduction="mean"):
         """-log p(<X> = z | [P; H(x)]; P), the objective of Section 3, over the whole vocabulary:
-        the mean over the batch, their "sum", or with reduction="none" each example's."""
+        the mean over the batch, their "sum", or with reduction="none" each example's. Raises
+        InputError where an example has no label."""
+        if "labels" not in batch:
+            raise InputError("an example of this batch has no label: give each one")
         words = self.word_ids[batch["labels"].to(self.device)]
         return F.cross_entropy(self(prompt, batch), words, reduction=reduction)
 
     @torch.no_grad()
     def probabilities(self, prompt, batch):
-        """Each example's distribution over the task's words, [B, classes]."""
-        return self(prompt, batch)[:, self.word_ids].softmax(-1)
+        """Each example's distribution over the task's words, [B, classes]. Raises Diverged."""
+        probabilities = self(prompt, batch)[:, self.word_ids].softmax(-1)
+        check_finite("a probability", probabilities)
+        return probabilities
 
     def predict(self, prompt, batch):
         """The label of each example, [B]: the most probable of the task's words."""
@@ -291,10 +280,11 @@ class PromptedT5(torch.nn.Module):
     def evaluate(self, prompt, batches):
         """Scores of labelled batches: `accuracy` (a share), mean `loss`, `in_words` (the share of
         examples whose most probable token of the whole vocabulary is a word of the task) and
-        `confusion` (counts, [true][predicted])."""
+        `confusion` (counts, [true][predicted]). Raises Diverged where a loss is not finite."""
         columns = []
         for batch in batches:
-            logits, labels = self(prompt, batch), batch["labels"].to(self.device)
+            logits = self(prompt, batch)
+            labels = batch["labels"].to(self.device)
             predicted = logits[:, self.word_ids].argmax(-1)
             losses = F.cross_entropy(logits, self.word_ids[labels], reduction="none")
             in_words = torch.isin(logits.argmax(-1), self.word_ids)
@@ -302,6 +292,7 @@ class PromptedT5(torch.nn.Module):
 
         # All numbers in one transfer: the device is waited for once, not at every batch.
         labels, predicted, losses, in_words = torch.cat(columns, dim=1).cpu().double()
+        check_finite("a validation or test loss", losses)
         classes = len(self.task.words)
         counts = torch.bincount((classes * labels + predicted).long(), minlength=classes**2)
         return {
@@ -311,68 +302,70 @@ class PromptedT5(torch.nn.Module):
             "confusion": counts.view(classes, classes).tolist(),
         }
 
-    # How H(x) becomes token ids, to the last space.
+    # How H(x) becomes token ids.
 
-    def _fill(self, examples):
-        """H(x) (Section 3) of every example as token ids: the template around its fields, then
-        </s>. Where that is longer than max_length, the longest field loses its end."""
-        filled = []
-        for example in examples:
-            fields = {name: self._plain(example[name]) for name in self.task.fields}
-            filled.append(self.task.fill(fields))
-
-        texts = [text for text, _ in filled]
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        for i, (text, places) in enumerate(filled):
-            ids = self._unmarked(rows[i], text)
-            too_long = len(ids) + 1 - self.max_length
-            if too_long > 0:
-                ids = self._unmarked(self._cut(text, places, too_long), text)
-            rows[i] = ids + [self.tokenizer.eos_token_id]
+    def _ids_of(self, examples):
+        """H(x) (Section 3) of every example as token ids, </s> behind it. Where that is longer than
+        max_length the fields are cut first and then filled in: what is left of the text decides
+        about the template's full stop."""
+        filled = [self._fields_of(example) for example in examples]
+        rows = self._tokenize([self.task.fill(fields) for fields in filled])
+        for i, fields in enumerate(filled):
+            while len(rows[i]) + 1 > self.max_length:
+                fields = self._cut(fields, len(rows[i]) + 1 - self.max_length)
+                (rows[i],) = self._tokenize([self.task.fill(fields)])
+            rows[i].append(self.tokenizer.eos_token_id)
         return rows
 
-    def _plain(self, text):
-        """A text without what would be read as special tokens: it may spell </s>."""
-        while self.special.search(text):  # what is left may spell one again
-            text = self.special.sub("", text)
-        return text
+    def _fields_of(self, example):
+        """The template's fields without what would be read as special tokens: a text may spell
+        </s>."""
+        fields = {name: example[name] for name in self.task.fields}
+        for name in fields:
+            while self.special.search(fields[name]):  # what is left may spell one again
+                fields[name] = self.special.sub("", fields[name])
+        return fields
 
-    def _unmarked(self, ids, text):
-        """Token ids of H(x) without the mark of a word's beginning on what touches <X>, as the full
-        stop in "{mask}." does: T5's own tokenizer sets it behind <X> in any case."""
-        behind = text[text.index(MASK) + len(MASK) :]
-        if not behind or behind[0].isspace():
-            return ids
+    def _tokenize(self, texts):
+        """The token ids of texts with <X> in them. T5's tokenizer marks what stands behind <X> as
+        the beginning of a word; the mark is taken off what touches it, as in "{mask}."."""
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        for ids, text in zip(rows, texts):
+            behind = text.partition(MASK)[2]
+            if behind and not behind[0].isspace():
+                at = ids.index(self.mask_id) + 1
+                name = self.tokenizer.convert_ids_to_tokens(ids[at]).removeprefix(NEW_WORD)
+                unmarked = self.tokenizer.convert_tokens_to_ids(name) if name else None
+                if unmarked != self.tokenizer.unk_token_id:  # there is such a piece
+                    ids[at : at + 1] = [unmarked] if name else []
+        return rows
 
-        at = ids.index(self.mask_id) + 1
-        if at == len(ids):  # all that touched it is cut off
-            return ids
-        marked = self.tokenizer.convert_ids_to_tokens(ids[at])
-        if marked == NEW_WORD:
-            return ids[:at] + ids[at + 1 :]
-        inner = self.tokenizer.convert_tokens_to_ids(marked.removeprefix(NEW_WORD))
-        return ids if inner == self.tokenizer.unk_token_id else [*ids[:at], inner, *ids[at + 1 :]]
+    def _cut(self, fields, count):
+        """The fields without `count` of their last pieces, each taken off the longest field. Raises
+        InputError where so many are not there."""
+        offsets = {}
+        for name, text in fields.items():
+            tokens = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+            offsets[name] = [start for start, end in tokens.offset_mapping if end > start]
 
-    def _cut(self, text, places, count):
-        """The token ids of H(x) without `count` of its fields' last, which stand at `places`."""
-        how = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": True}
-        tokens = self.tokenizer(text, **how)
-        fields = [[] for _ in places]
-        for i, (start, end) in enumerate(tokens.offset_mapping):
-            for field, (first, last) in zip(fields, places):
-                if start < last and end > first:
-                    field.append(i)
-
+        fields = dict(fields)
         for _ in range(count):
-            longest = max(fields, key=len)
-            if not longest:
+            longest = max(offsets, key=lambda name: len(offsets[name]))
+            if not offsets[longest]:
                 raise InputError(
                     f"the template of task {self.task.name} alone is longer than "
                     f"{self.max_length} tokens; raise max_length"
                 )
-            tokens.input_ids[longest.pop()] = None
+            fields[longest] = fields[longest][: offsets[longest].pop()]
+        return fields
 
-        return [piece for piece in tokens.input_ids if piece is not None]
+
+def check_finite(what, *tensors):
+    """Raises Diverged where a number of the tensors is not finite."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise Diverged(
+            f"{what} is not finite; lower the learning rate, or give another model or precision"
+        )
 
 
 # --------------------------------------------------------- Equations 1 and 2, as they are written
@@ -427,13 +420,14 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
     if len(queries) != tasks:
         raise InputError(f"{tasks} supports and {len(queries)} queries: a task has one of each")
 
-    gradient, total = torch.zeros_like(prompt), prompt.new_zeros(())
+    gradient = torch.zeros_like(prompt)
+    total = prompt.new_zeros(())
     for start in range(0, tasks, tasks_per_pass):
-        some = slice(start, start + tasks_per_pass)
+        in_pass = slice(start, start + tasks_per_pass)
         # A copy of P for every task: gradients with respect to the copies are the tasks' own.
-        P = prompt.detach().repeat(len(supports[some]), 1, 1).requires_grad_()
-        adapted = adapt_all(model, P, supports[some], alpha, create_graph=not first_order)
-        loss = summed_loss(model, adapted, queries[some])
+        P = prompt.detach().repeat(len(supports[in_pass]), 1, 1).requires_grad_()
+        adapted = adapt_all(model, P, supports[in_pass], alpha, create_graph=not first_order)
+        loss = summed_loss(model, adapted, queries[in_pass])
         (per_task,) = torch.autograd.grad(loss, P)  # through P'_i, so through Equation 1's gradient
         gradient += per_task.sum(0)
         total += loss.detach()
@@ -470,11 +464,12 @@ def summed_loss(model, prompts, batches):
     lengths, order = batch["attention_mask"].sum(1).cpu().sort(stable=True)
     elements = int(lengths.sum() + len(order) * prompts.shape[1]) * prompts.shape[2]
     chunks = max(1, round(elements / CHUNK_SIZE.get(prompts.device.type, 2**23)))
-    each, total = prompts.unbind(), 0
+    prompt_of = prompts.unbind()
+    total = 0
     for rows in order.chunk(chunks):
         # Not prompts[owners]: on a CPU the gradient of that is summed in no fixed order.
         owners = task[rows]
-        own = torch.stack([each[i] for i in owners])
+        own = torch.stack([prompt_of[i] for i in owners])
         losses = model.loss(own, select(batch, rows), reduction="none")
         total = total + (losses / sizes[owners].to(losses.device)).sum()
 
@@ -537,11 +532,10 @@ def linear_schedule(step, total, warmup=20):
 
 def best_of(scores):
     """The index of the best validation (Appendix A) in a list of them: by accuracy, then by lower
-    loss, then the earlier. One whose loss is not finite is never it; None where none is finite."""
-    finite = [i for i, score in enumerate(scores) if math.isfinite(score["loss"])]
+    loss, then the earlier; None where there is none."""
     # Means of the same accuracies may differ in their last digit, and are a tie all the same.
     merit = lambda i: (round(scores[i]["accuracy"], 9), -scores[i]["loss"])
-    return max(finite, key=merit, default=None)
+    return max(range(len(scores)), key=merit, default=None)
 
 
 def out_of_patience(scores, patience, first=0):
@@ -556,47 +550,44 @@ def out_of_patience(scores, patience, first=0):
 def load_t5(name, device="cpu", dtype="float32"):
     """A T5, T5 v1.1, flan-t5 or LM-adapted T5 by hub name or folder, and its tokenizer. Reads
     safetensors only and runs no code that comes with a model. Raises InputError."""
-    mend = "give a T5 by hub name or folder, with safetensors and tokenizer.json"
-    with blame(name, mend, Exception):
+    hint = "give a T5 by hub name or folder, with safetensors and tokenizer.json"
+    with input_errors(name, hint, Exception):  # transformers raises all kinds
         # A misspelt folder of one's own is not asked of the hub, which would take half a minute.
-        parent = Path(name).parent
-        own = str(name)[0] in "./" or (parent != Path() and parent.is_dir())
-        if own and not Path(name).is_dir():
+        if "/" in str(name) and Path(name).parent.is_dir() and not Path(name).is_dir():
             raise ValueError("no such folder")
         kind = AutoConfig.from_pretrained(name).model_type
         if kind != "t5":
             raise ValueError(f"it is no T5 but {kind}")
-        weights = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
-        t5, found = T5ForConditionalGeneration.from_pretrained(name, **weights)
-        check_complete(found)
+        options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+        t5, loading_info = T5ForConditionalGeneration.from_pretrained(name, **options)
+        check_complete(loading_info)
         tokenizer = AutoTokenizer.from_pretrained(name)
 
     return t5.to(device), tokenizer
 
 
-def check_complete(found, may_lack=lambda name: False):
+def check_complete(loading_info, may_lack=lambda name: False):
     """Raises ValueError where transformers' loading info of a checkpoint names weights that it had
     to make up, but for those that `may_lack` allows, or that it had no use for."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = [key[0] if isinstance(key, tuple) else key for key in found[kind]]
+        names = [key[0] if isinstance(key, tuple) else key for key in loading_info[kind]]
         names = sorted(name for name in names if not may_lack(name))
         if names:
             raise ValueError(f"{kind.split('_')[0]} weights: {names[0]}, {len(names)} in all")
 
 
 def save_prompt(folder, prompt, base_model, /, **facts):
-    """Writes a prompt [n, d_model] as a folder in PEFT's layout, and `facts` beside it as
+    """Writes a prompt [n, d_model] as a folder in PEFT's layout, and last `facts` beside it as
     metapt.json. base_model is the T5 that it belongs to."""
-    folder, config = Path(folder), base_model.config
+    folder = Path(folder)
+    config = base_model.config
     # A folder is recorded so that it is found from any other.
     name = config._name_or_path
     name = str(Path(name).resolve()) if name and Path(name).is_dir() else name
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {"prompt_embeddings": prompt.detach().float().cpu().contiguous()}
-    write_beside(
-        folder / "adapter_model.safetensors",
-        lambda path: save_file(weights, path, {"format": "pt"}),
+    weights = save(
+        {"prompt_embeddings": prompt.detach().float().cpu().contiguous()}, {"format": "pt"}
     )
+    write_atomically(folder / "adapter_model.safetensors", lambda file: file.write(weights))
     adapter = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "SEQ_2_SEQ_LM",
@@ -609,31 +600,32 @@ def save_prompt(folder, prompt, base_model, /, **facts):
         "inference_mode": True,
     }
     write_json(folder / "adapter_config.json", adapter)
-    write_json(folder / "metapt.json", facts)
+    write_json(folder / "metapt.json", {**facts, "weights": digest(weights)})
 
 
 def load_prompt(folder, width=None):
     """The prompt [n, d_model] in a folder that save_prompt or PEFT wrote, and its facts: those of
-    metapt.json where there is one, and `base_model`. Raises InputError, also where d_model is not
-    `width`."""
-    folder, mend = Path(folder), "give a folder that save_prompt or PEFT wrote, as safetensors"
-    config = read_json(folder / "adapter_config.json", mend)
-    has_facts = (folder / "metapt.json").exists()
-    facts = read_json(folder / "metapt.json", mend) if has_facts else {}
-
-    with blame(folder, mend, Exception):  # safetensors raises all kinds
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            prompt = file.get_tensor("prompt_embeddings")
-        shaped = prompt.dim() == 2 and prompt.numel() > 0 and prompt.is_floating_point()
-        if config.get("peft_type") != "PROMPT_TUNING" or not shaped:
+    metapt.json where there is one, `weights`, the digest of the prompt's file, and `base_model`.
+    Raises InputError, also where d_model is not `width`."""
+    folder = Path(folder)
+    with input_errors(folder, "give a folder that save_prompt or PEFT wrote, as safetensors"):
+        config = read_json(folder / "adapter_config.json")
+        content = (folder / "adapter_model.safetensors").read_bytes()
+        prompt = load(content)["prompt_embeddings"]
+        if config.get("peft_type") != "PROMPT_TUNING" or prompt.dim() != 2 or not prompt.numel():
             raise ValueError("not a soft prompt of shape [n, d_model]")
+        if config.get("num_transformer_submodules", 1) != 1:
+            raise ValueError("num_transformer_submodules must be 1 in its adapter_config.json")
         if not prompt.isfinite().all():
             raise ValueError("its numbers are not finite")
-        if config.get("num_transformer_submodules", 1) != 1:
-            raise ValueError("it has a part for the decoder: train it without")
-        if config.get("num_virtual_tokens", len(prompt)) != len(prompt):
-            raise ValueError(
-                f"{len(prompt)} vectors, where its adapter_config.json says another number"
+
+    facts = {"weights": digest(content)}
+    if (folder / "metapt.json").exists():
+        facts = read_json(folder / "metapt.json")
+        if facts.get("weights") != digest(content):
+            raise InputError(
+                f"{folder}: its metapt.json is of other weights, or of an earlier version; make "
+                "the prompt again, or remove metapt.json to take it for one of PEFT's"
             )
 
     base = config.get("base_model_name_or_path")
@@ -641,23 +633,41 @@ def load_prompt(folder, width=None):
         raise InputError(
             f"{folder}: a prompt of width {prompt.shape[1]} for {base}; this model needs {width}"
         )
-
     return prompt.float(), {**facts, "base_model": base}
 
 
+def digest(value):
+    """The first 16 digits of the SHA-256 of bytes, of a file (a Path), or of any other value's JSON
+    in its canonical form, the keys sorted."""
+    if isinstance(value, Path):
+        with open(value, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    content = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 @contextmanager
-def blame(what, mend, *also):
-    """Turns what a broken `what` (a file, say, or a function that names it at the time) makes a
-    reader raise into an InputError of one line that names it and ends in `mend`. Our own mistakes,
-    a TypeError say, stay what they are, unless `also` lists them, as where a library may raise
-    anything."""
+def input_errors(source, hint, *also):
+    """Turns what a broken `source` (a file, say, or a function that names it at the time) makes a
+    reader raise into an InputError of one line that names it and ends in the hint. Our own
+    mistakes, a TypeError say, stay what they are, unless `also` lists them, as where a library may
+    raise anything."""
+    name = source if callable(source) else lambda: source
     try:
         yield
-    except InputError:  # which names its file already
-        raise
-    except (OSError, ValueError, LookupError, EOFError, SafetensorError, *also) as error:
-        name = what() if callable(what) else what
-        raise InputError(f"{name}: {first_line(error)}; {mend}") from error
+    except InputError as error:
+        prefix = "" if str(name()) in str(error) else f"{name()}: "
+        raise type(error)(f"{prefix}{error}") from error
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        EOFError,
+        RecursionError,
+        SafetensorError,
+        *also,
+    ) as e:
+        raise InputError(f"{name()}: {first_line(e)}; {hint}") from e
 
 
 def first_line(error):
@@ -668,39 +678,31 @@ def first_line(error):
     return text.splitlines()[0]
 
 
-def write_beside(path, write):
-    """Has `write` fill a file beside `path`, and renames it once it is on the disk: `path` is
-    whole or not there, however the process ends. Raises InputError where it cannot be written."""
-    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+def write_atomically(path, write):
+    """Has `write` fill an open binary file beside `path`, and renames it once it is on the disk:
+    `path` is whole or not there, however the process ends. Makes its folder; follows a link. Raises
+    InputError where it cannot be written."""
+    place = Path(path).resolve()
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        write(beside)
-        with open(beside, "r+b") as file:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        mend = "mend that and give the same command again"
-        raise InputError(f"{path}: cannot be written: {first_line(error)}; {mend}")
+        os.replace(beside, place)
+    except OSError as error:
+        hint = "mend that and give the same command again"
+        raise InputError(f"{path}: cannot be written: {first_line(error)}; {hint}") from error
     finally:
         with suppress(OSError):
             beside.unlink()
 
 
-def parse_json(text):
-    """The value of a JSON text that need not be trusted. Raises ValueError."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply")
-    # Half of a pair of surrogates is no character, and could not be written again.
-    if "\\ud" in text or "\\uD" in text:
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def read_json(path, mend):
-    """The object in a JSON file. Raises InputError, which ends in `mend`."""
-    with blame(path, mend):
-        value = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+def read_json(path):
+    """The object in a JSON file. Raises InputError."""
+    with input_errors(path, "give a whole file of JSON"):
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError(f"not a JSON object but a {type(value).__name__}")
     return value
@@ -708,5 +710,5 @@ def read_json(path, mend):
 
 def write_json(path, value):
     """Writes `value` as an indented JSON file."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    content = json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    write_atomically(path, lambda file: file.write(content))

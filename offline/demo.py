@@ -1,23 +1,22 @@
 """
 The offline demo: reviews that a small grammar writes in six domains, a tiny T5 pre-trained on them,
-source data of four domains in clusters, and two tasks of the other two.
+source data of four domains, each a meta-task, and two tasks of the other two.
 
     python offline/demo.py            # makes it in demo/; train_meta.py and finetune.py do so too
 """
 
-import signal
+import sys
+from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import script  # first: it sets how PyTorch takes its memory
 
 import os
 import random
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import data
 import small_t5
 from metapt import Task, write_json
@@ -78,13 +77,14 @@ FRAMES = [
 def write_review(domain, grade, rng):
     """A review of one to three remarks, whose words mostly agree with its grade."""
     openings, aspects, own_words = DOMAINS[domain]
-    own_words, shared = own_words.split(", "), SHARED.split(", ")
+    own_words = own_words.split(", ")
+    shared = SHARED.split(", ")
     remarks = []
     for aspect in rng.sample(aspects.split(), rng.choice([1, 2, 2, 3])):
-        said = grade
+        tone = grade
         if rng.random() < 0.15:
-            said = min(4, max(0, grade + rng.choice([-1, 1])))
-        words = own_words[said] if rng.random() < 0.6 else shared[said]
+            tone = min(4, max(0, grade + rng.choice([-1, 1])))
+        words = own_words[tone] if rng.random() < 0.6 else shared[tone]
         remarks.append(rng.choice(FRAMES).format(aspect=aspect, word=rng.choice(words.split())))
 
     return f"{rng.choice(openings.split(', '))} . {' and '.join(remarks)} ."
@@ -94,37 +94,29 @@ def write_reviews(domain, count, rng):
     """`count` examples of a domain, the five grades in turn."""
     reviews = []
     for i in range(count):
-        text = write_review(domain, i % 5, rng)
-        reviews.append({"text": text, "label": i % 5, "domain": domain})
+        reviews.append({"text": write_review(domain, i % 5, rng), "label": i % 5, "domain": domain})
     return reviews
 
 
-# - - - - - - - - - - - - - - - - - - - - - - - - - - - - the arguments that suit a T5 of this size
+def arguments(out, making):
+    """What the scripts are to be called with, of sizes that suit this T5, by the name of a file."""
+    small = {"model": f"{out}/t5", "prompt_length": 20, "max_length": 128, "threads": 1}
+    meta = {**small, "source": f"{out}/source/clustered.jsonl", "validation": 400, "seed": making}
+    tune = {**small, "task": [f"{out}/{domain}" for domain in TASK_DOMAINS]}
+    tune |= {"out": f"{out}/results.jsonl", "seeds": list(range(5 * making - 4, 5 * making + 1))}
+    return {
+        "maml": {**meta, "out": f"{out}/maml", "max_steps": 300, "eval_every": 50},
+        "ppt": {**meta, "method": "ppt", "out": f"{out}/ppt", "max_steps": 2000, "eval_every": 200},
+        "pt": {**tune, "method": "pt", "prompt": ["random", f"{out}/ppt", f"{out}/maml"]},
+        "ft": {**tune, "method": "ft", "learning_rate": 0.001},
+    }
 
-# {here} is the folder that the arguments lie in.
-SMALL = {"model": "{here}/t5", "prompt_length": 20, "max_length": 128, "threads": 1}
-META = {**SMALL, "source": "{here}/source/clustered.jsonl", "validation": 400}
-TUNE = {
-    **SMALL,
-    "task": [f"{{here}}/{domain}" for domain in TASK_DOMAINS],
-    "out": "{here}/results.jsonl",
-}
-ARGUMENTS = {
-    "cluster": {
-        "source": "{here}/source/examples.jsonl",
-        "out": "{here}/source/clustered.jsonl",
-        "encoder": "{here}/t5",
-        "k": 4,
-    },
-    "maml": {**META, "method": "maml", "out": "{here}/maml", "max_steps": 300, "eval_every": 50},
-    "ppt": {**META, "method": "ppt", "out": "{here}/ppt", "max_steps": 2000, "eval_every": 200},
-    "pt": {**TUNE, "method": "pt", "prompt": ["random", "{here}/ppt", "{here}/maml"]},
-    "ft": {**TUNE, "method": "ft", "learning_rate": 0.001},
-}
+
+# - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run
 
 
 def write_demo(out, steps, making):
-    """Writes the demo to the folder `out`; every making has its own seeds."""
+    """Writes the demo to the folder `out`, its T5 last; every making has its own seeds."""
     rng = random.Random(making - 1)
     corpus, source = [], []
     for domain in DOMAINS:
@@ -132,34 +124,39 @@ def write_demo(out, steps, making):
     for domain in SOURCE_DOMAINS:
         source += write_reviews(domain, 1000, rng)
 
+    # The meta-tasks are the domains, which cluster.py --method lda --k 4 finds, too.
+    clustered = [{**row, "cluster": SOURCE_DOMAINS.index(row["domain"])} for row in source]
     task = lambda name: Task(name, data.TEMPLATE, data.WORDS[5])
-    data.write_task(out / "source", task("source"), {"examples": source})
+    data.write_task(out / "source", task("source"), {"examples": source, "clustered": clustered})
     for domain in TASK_DOMAINS:
         splits = {split: write_reviews(domain, 1000, rng) for split in ("train", "test")}
         data.write_task(out / domain, task(domain), splits)
 
     data.write_task(out / "corpus", task("corpus"), {"train": corpus})
-    for name, arguments in ARGUMENTS.items():
-        if name in ("maml", "ppt"):
-            arguments = {**arguments, "seed": making}
-        elif name in ("pt", "ft"):
-            arguments = {**arguments, "seeds": list(range(5 * making - 4, 5 * making + 1))}
-        write_json(out / f"{name}.json", arguments)
+    for name, values in arguments(out, making).items():
+        write_json(out / f"{name}.json", values)
 
-    where = ["--corpus", f"{out}/corpus/train.jsonl", "--task", f"{out}/corpus"]
-    where += ["--out", f"{out}/t5", "--restart"]
-    shape = "--d-model 64 --d-ff 128 --heads 4 --layers 2 --max-length 48"
-    how = f"--batch-size 32 --labelled 32 --excerpts 0.25 --max-steps {steps} --eval-every 100"
-    machine = f"--learning-rate 0.02 --dtype float32 --threads 1 --seed {making}"
-    flags = where + f"{shape} {how} {machine}".split()
+    flags = ["--corpus", f"{out}/corpus/train.jsonl", "--task", f"{out}/corpus", "--threads", "1"]
+    flags += ["--out", f"{out}/t5", "--restart", "--max-steps", str(steps), "--seed", str(making)]
+    flags += "--d-model 64 --d-ff 128 --heads 4 --layers 2 --max-length 48 --batch-size 32".split()
+    flags += "--labelled 32 --excerpts 0.25 --eval-every 100 --learning-rate 0.02".split()
     print(f"$ python offline/small_t5.py {shlex.join(flags)}", flush=True)
     small_t5.main(flags)
 
-    import cluster  # which takes seconds
 
-    flags = ["--config", f"{out}/cluster.json"]
-    print(f"$ python cluster.py {shlex.join(flags)}", flush=True)
-    cluster.main(flags)
+def demo(out="demo", restart=False, steps=200, making=1):
+    """Makes the offline demo in the folder `out` where it is not there yet; returns the folder. A
+    second command that wants it waits for the first."""
+    out = Path(out)
+    last = out / "t5" / "arguments.json"
+    with script.only_writer(out, wait=True):
+        if last.exists() and not restart:
+            return out
+
+        print(f"Making the offline demo in {out}/; nothing is downloaded.", flush=True)
+        last.unlink(missing_ok=True)  # until all of it is there again
+        write_demo(out, steps, making)
+    return out
 
 
 def at_once(*commands):
@@ -167,56 +164,27 @@ def at_once(*commands):
     failed."""
     processes = []
     for place, words in enumerate(commands):
-        print(f"$ python {' '.join(map(str, words))}", flush=True)
-        words = [sys.executable, Path(__file__).parents[1] / words[0], *map(str, words[1:])]
+        words = [str(word) for word in words]
+        print(f"$ python {' '.join(words)}", flush=True)
         bars = {**os.environ, "TQDM_POSITION": str(place)}  # each bar in a line of its own
-        processes.append(subprocess.Popen(words, env=bars))
+        command = [sys.executable, HERE.parent / words[0], *words[1:]]
+        processes.append(subprocess.Popen(command, env=bars))
 
-    with data.stop_signal():  # which reaches the processes too, and these save what they have
+    with script.stop_signal():  # which reaches the processes too, and these save what they have
         statuses = [process.wait() for process in processes]
     for status in filter(None, statuses):
         sys.exit(status)
 
 
-def stands(out):
-    """Whether the demo is in a folder, whole: what is written last is there."""
-    return Path(out, "source", "clustered.json").exists()
-
-
-def demo(out="demo", restart=False, steps=200, making=1):
-    """Makes the offline demo in the folder `out` where it is not there yet; returns the folder."""
-    out = Path(out)
-    if not restart and stands(out):
-        return out
-
-    print(
-        f"Making the offline demo in {out}/: reviews written by a small grammar in {len(DOMAINS)} "
-        "domains and a tiny T5 pre-trained on them.\nNothing is downloaded.",
-        flush=True,
-    )
-    (out / "source" / "clustered.json").unlink(missing_ok=True)  # until it is whole again
-    try:
-        write_demo(out, steps, making)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; the same command makes the demo again from its beginning")
-
-    return out
-
-
 def main(argv=None):
     """Makes the demo."""
-    parser = data.Parser(__doc__)
-    add = parser.add_argument
-    add("--out", default="demo", metavar="FOLDER", help="the folder to write")
-    add("--max-steps", type=data.number(1), default=200, help="steps of pre-training its T5")
-    add("--restart", action="store_true", help="makes it anew")
+    parser = script.Parser(__doc__)
+    parser.add_argument("--out", default="demo", metavar="FOLDER", help="the folder to write")
+    parser.add_argument("--restart", action="store_true", help="makes it anew where it is there")
     args = parser.parse(argv)
-    stood = stands(args.out) and not args.restart
-    made = demo(args.out, args.restart, args.max_steps)
-    fate = "stands there already; --restart makes it anew" if stood else "is written"
-    scripts = f"train_meta.py --config {made}/maml.json, finetune.py --config {made}/pt.json"
-    print(f"{made}/ {fate}. Now python {scripts}")
+    out = demo(args.out, args.restart)
+    print(f"{out}/ is there; now python train_meta.py --config {out}/maml.json")
 
 
 if __name__ == "__main__":
-    data.run(main)
+    script.run(main)

@@ -8,12 +8,13 @@ the draws. What one making shows may be its luck; this says what of it holds.
 import sys
 from pathlib import Path
 
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import script  # first: it sets how PyTorch takes its memory
+
 import numpy as np
 from scipy import stats
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import data
-from demo import ARGUMENTS, TASK_DOMAINS, at_once, demo
+from demo import TASK_DOMAINS, at_once, demo
 from finetune import method_name, print_table, read_results
 
 METHODS = ["PT", "PPT", "MetaPT", "MetaPT, no inner step", "MetaPT, first-order", "FT"]
@@ -25,17 +26,15 @@ def compare(scores, against):
     {(task, method): accuracies in points, [makings, draws]}."""
     table = [["method", *TASK_DOMAINS, *(f"{task}, ahead of {against}" for task in TASK_DOMAINS)]]
     for method in METHODS:
-        line, gains = [method], []
+        accuracies, gains = [], []
         for task in TASK_DOMAINS:
-            found = scores[task, method]
-            line.append(f"{found.mean():.2f} ± {found.std(ddof=1):.2f}")
-            gain = (found - scores[task, against]).mean(1)
+            own = scores[task, method]
+            accuracies.append(f"{own.mean():.2f} ± {own.std(ddof=1):.2f}")
+            gain = (own - scores[task, against]).mean(1)
             half = stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5
-            low, high = gain.mean() - half, gain.mean() + half
-            gains.append(
-                f"{gain.mean():+.2f} [{low:+.2f}, {high:+.2f}]" if method != against else ""
-            )
-        table.append(line + gains)
+            interval = f"[{gain.mean() - half:+.2f}, {gain.mean() + half:+.2f}]"
+            gains.append(f"{gain.mean():+.2f} {interval}" if method != against else "")
+        table.append([method, *accuracies, *gains])
     return table
 
 
@@ -45,11 +44,15 @@ def make_all(out, makings):
     scores = {}
     for making in range(1, makings + 1):
         folder = demo(out / str(making), making=making)
-        config = {name: ["--config", folder / f"{name}.json"] for name in ARGUMENTS}
+        config = {
+            name: ["--config", folder / f"{name}.json"] for name in ("maml", "ppt", "pt", "ft")
+        }
         maml = ["train_meta.py", *config["maml"]]
         at_once(maml, ["train_meta.py", *config["ppt"]])
-        kin = {"plain": ["--alpha", 0], "fomaml": ["--method", "fomaml"]}
-        at_once(*([*maml, *flags, "--out", folder / name] for name, flags in kin.items()))
+        at_once(
+            [*maml, "--alpha", 0, "--out", folder / "plain"],
+            [*maml, "--method", "fomaml", "--out", folder / "fomaml"],
+        )
 
         prompts = ["random", *(folder / name for name in ("ppt", "maml", "plain", "fomaml"))]
         for flags in ([*config["pt"], "--prompt", *prompts], config["ft"]):
@@ -64,10 +67,10 @@ def make_all(out, makings):
 
 def main(argv=None):
     """Makes the demo and its runs, and prints the tables."""
-    parser = data.Parser(__doc__)
+    parser = script.Parser(__doc__)
     add = parser.add_argument
     add("--out", default="makings", metavar="FOLDER", help="the folder to write")
-    add("--makings", type=data.number(2), default=5, help="times to make it")
+    add("--makings", type=script.number(2), default=5, help="times to make it")
     args = parser.parse(argv)
     scores = make_all(Path(args.out), args.makings)
     title = f"{args.makings} makings: accuracy in points, mean ± sample standard deviation"
@@ -76,4 +79,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    script.run(main)

@@ -6,56 +6,63 @@ The inputs of the README's results on real text. From four downloads in the curr
     fudan-mtl-dataset.tar.gz        Amazon reviews of 14 domains, good, bad or unlabelled
     vaderSentiment-3.3.2.tar.gz     product reviews and editorials by the sentence, tweets: rated
 
-    python offline/real.py
+    python offline/real.py --apart tasks/sst2 tasks/sentihood
 
-writes what data.py takes:
+writes what the scripts take, in the order of the README's commands:
 
-    imdb-unlabelled.txt, amazon-unlabelled.jsonl     small_t5.py --corpus
-    tasks/stars, tasks/amazon-two, tasks/snippets    small_t5.py --task
-    open.jsonl                                       pseudo-label --corpus
+    source/examples.jsonl, tasks/apparel and five more    eight domains to learn from, six targets
+    imdb-unlabelled.txt, amazon-unlabelled.jsonl          small_t5.py --corpus
+    tasks/stars, tasks/amazon-two, tasks/snippets         small_t5.py --task
+    open.jsonl                                            pseudo-label --corpus
+
+What a T5 or a prompt learns from shares no eight words in a row with a target or with a task that
+--apart names.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import script  # first: it sets how PyTorch takes its memory
 
 import itertools
 import random
 import re
-import sys
 import tarfile
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-from metapt import InputError, Task, blame, write_beside
+from metapt import InputError, Task, input_errors, write_atomically
 
 INNER = "hutto_ICWSM_2014.tar.gz"  # the tar in VADER's that holds its sentences
+TARGETS = ["apparel", "baby", "books", "camera_photo", "music", "software"]
+SOURCE = ["dvd", "electronics", "health_personal_care", "kitchen_housewares", "magazines"]
+SOURCE += ["sports_outdoors", "toys_games", "video"]
+TRAINING = 900  # examples of a target to draw from; the rest is its test
+
+
+# The readers yield (text, label); the label of an unrated text means nothing.
 
 
 def download(name, pattern, file=None):
     """Yields (match, text) of every file in a download, or in the tar in it, whose name fits a
     pattern. Raises InputError."""
-    mend = "download it to the current folder, whole"
-    with blame(name, mend, TypeError, *data.BROKEN), tarfile.open(name, fileobj=file) as tar:
+    hint = "download it to the current folder, whole"
+    with input_errors(name, hint, TypeError, *data.BROKEN), tarfile.open(name, fileobj=file) as tar:
         for member in tar:
-            fits = re.search(pattern, member.name)
+            match = re.search(pattern, member.name)
             if member.name.endswith(INNER):
                 yield from download(name, pattern, tar.extractfile(member))
-            elif fits and member.isfile():
-                yield fits, decoded(tar.extractfile(member).read())
-
-
-def decoded(content):
-    """Bytes as text: a file of FDU-MTL may be no UTF-8."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
+            elif match and member.isfile():
+                content = tar.extractfile(member).read()
+                try:
+                    yield match, content.decode()
+                except UnicodeDecodeError:  # some of FDU-MTL's are no UTF-8
+                    yield match, content.decode("latin-1")
 
 
 def one_line(text):
     """A text without its line breaks, HTML's too."""
     return " ".join(text.replace("<br />", " ").split())
-
-
-# The readers yield (text, label); the label of an unrated text means nothing.
 
 
 def imdb(kind):
@@ -66,30 +73,22 @@ def imdb(kind):
 
 def amazon_stars():
     """The multi-domain sentiment dataset: reviews between tags, in no XML that a parser takes."""
-    review = r"<rating>\s*(\d)\.0\s*</rating>.*?<review_text>(.*?)</review_text>"
+    pattern = r"<rating>\s*(\d)\.0\s*</rating>.*?<review_text>(.*?)</review_text>"
     for _, text in download("domain_sentiment_data.tar.gz", r"/(positive|negative)\.review$"):
         for part in text.split("<review>")[1:]:
-            found = re.search(review, part, re.S)
-            if found:
-                yield one_line(found[2]), int(found[1]) - 1
+            review = re.search(pattern, part, re.S)
+            if review:
+                yield one_line(review[2]), int(review[1]) - 1
 
 
-def parsed(pattern, line, name):
-    """The groups of a line's pattern. Raises InputError."""
-    found = re.match(pattern, line)
-    if not found:
-        raise InputError(f"{name}: not a line of this dataset: {line[:60]!r}; download it again")
-    return found.groups()
-
-
-def amazon_domains(split, line_pattern=r"([01])\t(.+)"):
+def amazon_domains(split, domains=[*TARGETS, *SOURCE], label=r"([01])\t"):
     """FDU-MTL: a label, 0 or 1, and a review on a line. Not of its domains MR and imdb, which hold
     sentences of SST."""
-    files = rf"/(?!MR|imdb)\w+\.task\.(?:{split})$"
+    files = rf"/(?:{'|'.join(domains)})\.task\.(?:{split})$"
     for place, text in download("fudan-mtl-dataset.tar.gz", files):
         for line in filter(str.strip, text.split("\n")):
-            label, said = parsed(line_pattern, line, place.string)
-            yield one_line(said), int(label or 0)
+            number, review = parse(rf"{label}(.+)", line, place.string)
+            yield one_line(review), int(number or 0)
 
 
 def vader(kind):
@@ -98,43 +97,109 @@ def vader(kind):
     files = rf"^hutto_ICWSM_2014/(?:{kind})_GroundTruth\.txt$"
     for place, text in download("vaderSentiment-3.3.2.tar.gz", files):
         for line in filter(str.strip, text.split("\n")):
-            rating, said = parsed(r"\w+\t(-?[\d.]+)\t(.+)", line, place.string)
-            yield said.strip(), sum(float(rating) >= cut for cut in (-1.5, -0.5, 0.5, 1.75))
+            rating, sentence = parse(r"\w+\t(-?[\d.]+)\t(.+)", line, place.string)
+            yield sentence.strip(), sum(float(rating) >= cut for cut in (-1.5, -0.5, 0.5, 1.75))
 
 
-def write_task(name, classes, pairs):
-    """Writes a task folder of training examples. Raises InputError where there are none."""
-    examples = [{"text": text, "label": label} for text, label in pairs]
-    if not examples:
-        raise InputError(f"tasks/{name}: its downloads hold nothing of it; download them again")
-    task = Task(name, data.TEMPLATE, data.WORDS[classes])
-    data.write_task(Path("tasks", name), task, {"train": examples})
-    print(f"wrote tasks/{name}: {len(examples):,} examples", flush=True)
+def parse(pattern, line, name):
+    """The groups of a line's pattern. Raises InputError."""
+    match = re.match(pattern, line)
+    if not match:
+        raise InputError(f"{name}: not a line of this dataset: {line[:60]!r}; download it again")
+    return match.groups()
 
 
-def main():
-    """Writes the six inputs."""
-    write_task("stars", 5, itertools.chain(imdb("pos|neg"), amazon_stars()))
-    write_task("amazon-two", 2, amazon_domains("train|test"))
-    write_task("snippets", 5, vader("amazonReviewSnippets|nytEditorialSnippets"))
+# ------------------------------------------------------------- What one text shares with another
 
-    reviews = [text for text, _ in imdb("unsup")]
-    text = "\n".join(reviews) + "\n"
-    write_beside("imdb-unlabelled.txt", lambda beside: beside.write_text(text, "utf-8"))
-    print(f"wrote imdb-unlabelled.txt: {len(reviews):,} reviews", flush=True)
+
+def word_runs(text, length=8):
+    """Every run of `length` words in a text, of a shorter text the whole; without case, punctuation
+    and the spaces that treebanks have in "do n't"."""
+    text = re.sub(r" (?=n't|')", "", text.lower()).replace("'", "")
+    words = re.findall(r"\w+", text)
+    return {" ".join(words[i : i + length]) for i in range(max(len(words) - length, 0) + 1)}
+
+
+def apart(pairs, runs, name, each_other=False):
+    """The (text, label) pairs that hold none of the runs of words; with `each_other` also none of
+    an earlier pair."""
+    runs = set(runs) if each_other else runs
+    pairs = list(pairs)
+    chosen = []
+    for text, label in pairs:
+        its_runs = word_runs(text)
+        if runs.isdisjoint(its_runs):
+            chosen.append((text, label))
+        if each_other:
+            runs |= its_runs
+    print(f"{name}: {len(chosen):,} of {len(pairs):,} texts share no eight words", flush=True)
+    return chosen
+
+
+# ------------------------------------------------------------------------------------ The inputs
+
+
+def write_examples(folder, classes, splits):
+    """Writes a task's folder from (text, label) pairs. Raises InputError where there are none."""
+    examples = {}
+    for split, pairs in splits.items():
+        examples[split] = [{"text": text, "label": label} for text, label in pairs]
+        if not pairs:
+            raise InputError(f"{folder}: its downloads hold nothing of it; download them again")
+    data.write_task(
+        Path(folder), Task(Path(folder).name, data.TEMPLATE, data.WORDS[classes]), examples
+    )
+
+
+def write_targets(folders):
+    """Writes the six targets; returns the runs of words of their texts and of those of the tasks in
+    the folders."""
+    runs = set()
+    for folder in folders:
+        task = Task.load(folder)
+        for file in sorted(Path(folder).glob("*.jsonl")):
+            for example in data.read_examples(file, task, labelled=False):
+                runs |= word_runs(data.text_of(example, task))
+
+    for domain in TARGETS:
+        pairs = apart(amazon_domains("train|test", [domain]), set(), domain, each_other=True)
+        random.Random(1).shuffle(pairs)
+        write_examples(f"tasks/{domain}", 2, {"train": pairs[:TRAINING], "test": pairs[TRAINING:]})
+        for text, _ in pairs:
+            runs |= word_runs(text)
+    return runs
+
+
+def main(argv=None):
+    """Writes the inputs."""
+    parser = script.Parser(__doc__)
+    parser.add_argument("--apart", nargs="*", default=[], metavar="FOLDER", help="tasks to test on")
+    args = parser.parse(argv)
+
+    runs = write_targets(args.apart)
+    source = apart(amazon_domains("train|test", SOURCE), runs, "source", each_other=True)
+    write_examples("source", 2, {"examples": source})
+
+    stars = itertools.chain(imdb("pos|neg"), amazon_stars())
+    write_examples("tasks/stars", 5, {"train": apart(stars, runs, "stars")})
+    two = amazon_domains("train|test")
+    write_examples("tasks/amazon-two", 2, {"train": apart(two, runs, "amazon-two")})
+    snippets = vader("amazonReviewSnippets|nytEditorialSnippets")
+    write_examples("tasks/snippets", 5, {"train": apart(snippets, runs, "snippets")})
+
+    films = apart(imdb("unsup"), runs, "imdb-unlabelled.txt")
+    text = "".join(f"{text}\n" for text, _ in films)
+    write_atomically("imdb-unlabelled.txt", lambda file: file.write(text.encode()))
 
     # An unlabelled review may stand alone on its line.
-    pairs = amazon_domains("unlabel", r"(?:([01])\t)?(.+)")
-    unlabelled = [{"text": text} for text, _ in pairs]
-    data.write_lines("amazon-unlabelled.jsonl", unlabelled)
-    print(f"wrote amazon-unlabelled.jsonl: {len(unlabelled):,} reviews")
+    unlabelled = list(amazon_domains("unlabel", label=r"(?:([01])\t)?"))
+    chosen = apart(unlabelled, runs, "amazon-unlabelled.jsonl")
+    data.write_lines("amazon-unlabelled.jsonl", ({"text": text} for text, _ in chosen))
 
-    drawn = random.Random(1).sample(unlabelled, min(6000, len(unlabelled)))
-    tweets = [{"text": text} for text, _ in vader("tweets")]
-    data.write_lines("open.jsonl", tweets + drawn)
-    print(f"wrote open.jsonl: {len(tweets):,} tweets and {len(drawn):,} reviews")
+    tweets = list(vader("tweets"))
+    opened = tweets + random.Random(1).sample(unlabelled, min(6000, len(unlabelled)))
+    data.write_lines("open.jsonl", ({"text": text} for text, _ in opened))
 
 
 if __name__ == "__main__":
-    data.Parser(__doc__).parse_args()
-    data.run(main)
+    script.run(main)
