@@ -1773,7 +1773,11 @@ BAD_FLAGS = [
     (finetune, "--task nothing --model {demo}/t5", "nothing.*: No such file or directory"),
     (finetune, "--task {demo} --model {demo}/t5", "demo: a folder of tasks; .*demo/books"),
     (finetune, "--task {demo}/books --model ./t6", "./t6: no such folder; give a T5 by hub"),
-    (finetune, "--task {demo}/books {demo}/books --model {demo}/t5", "two tasks have one name"),
+    (
+        finetune,
+        "--task {demo}/books {demo}/../demo/books --model {demo}/t5",
+        "two tasks have one name",
+    ),
     (finetune, BOOKS + "--prompt {demo}/t5", "t5/adapter_config.json: No such file or dir"),
     (finetune, BOOKS + "--save x --prompt {demo}/t5 x/t5", "two of the prompts have one name"),
     (finetune, BOOKS + "--out {demo}", "demo: Is a directory"),

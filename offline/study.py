@@ -35,7 +35,13 @@ ARMS = {  # flags, and the examples of a step
     "ppt": (f"{KMEANS} --method ppt", 4),
 }
 PAPER = {"kmeans": 0.025, "random": 0.025, "plain": 0.025, "fomaml": 0.025, "ppt": 0.003}
-RATES = PAPER  # by the pilot
+RATES = {
+    "kmeans": 0.025,
+    "random": 0.025,
+    "plain": 0.0083,
+    "fomaml": 0.025,
+    "ppt": 0.009,
+}  # by the pilot
 
 
 def train(arm, t5, seed, out, rate, examples):
