@@ -230,6 +230,8 @@ def make_meta_tasks(args):
 
         name = f"{args.method}{'' if args.method == 'label' else k}.jsonl"
         out = Path(args.out or folder / name)
+        if source.resolve() in (out.resolve(), out.with_suffix(".json").resolve()):
+            raise InputError(f"{source}: its clusters would be written over it; give another --out")
         write_clusters(out, task, examples, clusters, args)
         telling = telling_words(counts, clusters, words)
         describe(task, texts, labels, clusters, distances, telling)
@@ -237,7 +239,7 @@ def make_meta_tasks(args):
         print(f"wrote {out}: {len(examples):,} examples in {len(telling)} clusters")
 
     if args.figure:
-        data.save_figure(args.figure, plot(embeddings, panels, args.seed))
+        script.save_figure(args.figure, plot(embeddings, panels, args.seed))
 
 
 def write_clusters(out, task, examples, clusters, args):

@@ -402,8 +402,8 @@ def check_example(example, task):
             raise ValueError(f"it has no text {field!r}, which the template of {task.name} needs")
         if not example[field].strip():
             raise ValueError(f"{field!r} is empty")
-        example[field].encode()  # JSON may spell half a character
 
+    json.dumps(example, ensure_ascii=False).encode()  # it may spell half a character
     if type(example.get("cluster", 0)) is not int:
         raise ValueError(f"cluster {example['cluster']!r} is not a whole number")
 
@@ -970,15 +970,6 @@ def main(argv=None):
             train_labeller(args)
     else:
         pseudo_label(args)
-
-
-def save_figure(path, figure):
-    """Writes one of matplotlib's figures, as what the path ends in: .png, .pdf or .svg, say. Raises
-    InputError."""
-    kind = Path(path).suffix[1:]
-    save = partial(figure.savefig, format=kind, dpi=100, bbox_inches="tight")
-    write_atomically(path, save)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def tune(
     """Trains the prompt [n, d] (Appendix A.4), or where that is None the whole T5 (A.1), on
     examples, and leaves what was trained as it was at the best validation. A batch is computed in
     `accumulate` parts. Returns the prompt, [0, d] without one, and what came of the run. Raises
-    Diverged where a validation loss is not finite."""
+    Diverged where a validation loss is not finite, and InputError where there are no examples."""
+    if not training or not validation:
+        raise InputError("give at least one example to train on, and one to validate on")
     full = prompt is None
     prompt = torch.nn.Parameter(model.no_prompt() if full else prompt.clone())
     parameters = list(model.t5.requires_grad_().parameters()) if full else [prompt]
@@ -222,9 +224,12 @@ def read_prompts(args, t5, contents):
 def notice_another_t5(prompt, facts, model, contents):
     """Says so where a prompt is used with another T5 than it was learned with."""
     known = facts.get("made_of", {}).get("--model")
-    same = known == contents if known else facts["base_model"] in (None, model)
+    base = facts["base_model"]
+    if not known and base and Path(base).is_dir():
+        known = script.contents(base)
+    same = known == contents if known else base in (None, model)
     if not same:
-        print(f"{prompt} was learned with {facts['base_model']}, not {model}", file=sys.stderr)
+        print(f"{prompt} was learned with {base}, not {model}", file=sys.stderr)
 
 
 def load_task(folder):
@@ -414,7 +419,8 @@ def one_run(args, run):
 def title(row):
     """A run's name, for a person."""
     name = f"{row['task']}, {method_name(row)} ({row['prompt']})"
-    return f"{name}, {row['shots']} shots, seed {row['seed']}"
+    seed = "" if row["seed"] is None else f", seed {row['seed']}"
+    return f"{name}, {row['shots']} shots{seed}"
 
 
 def save_tuned(args, model, tuned, row):
@@ -545,7 +551,7 @@ def label(model, prompt, texts, size=64):
     """Yields for each text (a dict) the label that is predicted and every word's probability.
     Raises Diverged."""
     for start in range(0, len(texts), size):
-        unlabelled = [{**text, "label": 0} for text in texts[start : start + size]]
+        unlabelled = [{**text, "label": 0} for text in texts[start : start + size]]  # not its own
         for p in model.probabilities(prompt, model.encode(unlabelled)).tolist():
             yield int(np.argmax(p)), {w: round(q, 4) for w, q in zip(model.task.words, p)}
 
@@ -616,7 +622,7 @@ def make_parser():
     out = "results (default: results.jsonl), or with --predict labelled texts (default: shown)"
     add("--out", metavar="FILE", help=out)
     add("--restart", action="store_true", help="runs again what stands in --out")
-    add("--save", metavar="FOLDER", help="keeps every tuned prompt in a folder here")
+    add("--save", metavar="FOLDER", help="keeps tuned prompts in folders here")
     texts = "labels JSON lines, or a .txt's lines, by a prompt that --save kept or one for --task"
     add("--predict", metavar="FILE", help=texts)
 

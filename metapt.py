@@ -86,8 +86,12 @@ class Task:
 
     def parts(self):
         """The template in parts: (words, the name in braces behind them or None)."""
-        parts = string.Formatter().parse(self.template)
-        return [(words, name) for words, name, _, _ in parts]
+        parts = []
+        for words, name, form, conversion in string.Formatter().parse(self.template):
+            if form or conversion:
+                raise ValueError(f"{name!r} takes no format")
+            parts.append((words, name))
+        return parts
 
     @property
     def fields(self):
@@ -260,9 +264,7 @@ class PromptedT5(torch.nn.Module):
         """-log p(<X> = z | [P; H(x)]; P), the objective of Section 3, over the whole vocabulary:
         the mean over the batch, their "sum", or with reduction="none" each example's. Raises
         InputError where an example has no label."""
-        if "labels" not in batch:
-            raise InputError("an example of this batch has no label: give each one")
-        words = self.word_ids[batch["labels"].to(self.device)]
+        words = self.word_ids[labels_of(batch).to(self.device)]
         return F.cross_entropy(self(prompt, batch), words, reduction=reduction)
 
     @torch.no_grad()
@@ -358,6 +360,13 @@ class PromptedT5(torch.nn.Module):
                 )
             fields[longest] = fields[longest][: offsets[longest].pop()]
         return fields
+
+
+def labels_of(batch):
+    """The labels of an encoded batch, [B]. Raises InputError where an example has none."""
+    if "labels" not in batch:
+        raise InputError("an example of this batch has no label: give each one")
+    return batch["labels"]
 
 
 def check_finite(what, *tensors):
@@ -458,7 +467,7 @@ def summed_loss(model, prompts, batches):
     padding is work that is thrown away. At t5-small's shape that takes a seventh off a step, and
     more where the T5 is smaller."""
     batch = batches[0] if len(batches) == 1 else join(batches)
-    sizes = torch.tensor([len(one["labels"]) for one in batches])
+    sizes = torch.tensor([len(labels_of(one)) for one in batches])
     task = torch.arange(len(batches)).repeat_interleave(sizes)  # of each example
 
     lengths, order = batch["attention_mask"].sum(1).cpu().sort(stable=True)
@@ -478,7 +487,7 @@ def summed_loss(model, prompts, batches):
 
 def join(batches):
     """Several batches as one, their rows in order, padded to the longest."""
-    joined = {"labels": torch.cat([batch["labels"] for batch in batches])}
+    joined = {"labels": torch.cat([labels_of(batch) for batch in batches])}
     for name in ("input_ids", "attention_mask"):
         rows = []
         for batch in batches:

@@ -23,7 +23,8 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
-from metapt import InputError, digest, first_line, input_errors, read_json, write_json
+from metapt import InputError, digest, first_line, input_errors, read_json, write_atomically
+from metapt import write_json
 
 MODEL = "google-t5/t5-base"  # Section 5.1
 MAX_LENGTH = 256  # tokens of H(x); the paper names none
@@ -72,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         for that file."""
         argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--config")
+        first.add_argument("--config", nargs="?")
         config = first.parse_known_args(argv)[0].config
         if config:
             self.prog += f" --config {config}"
@@ -222,6 +223,14 @@ def provenance(device):
         "threads": torch.get_num_threads(),
         "commit": commit,
     }
+
+
+def save_figure(path, figure):
+    """Writes one of matplotlib's figures, as what the path ends in: .png, .pdf or .svg, say. Raises
+    InputError."""
+    options = {"format": Path(path).suffix[1:], "dpi": 100, "bbox_inches": "tight"}
+    write_atomically(path, lambda file: figure.savefig(file, **options))
+    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------- Processes and signals

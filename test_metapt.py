@@ -386,6 +386,9 @@ def test_labels_that_are_none_and_a_t5_that_gives_nan(tokenizer):
         model.encode([good, {"text": "b", "label": 5}])
     with pytest.raises(InputError, match="has no label"):
         model.loss(model.no_prompt(), model.encode([good, {"text": "b"}]))
+    with pytest.raises(InputError, match="has no label"):
+        batches = [model.encode([{"text": text}]) for text in "ab"]
+        meta_gradient(model, model.init_prompt(3), batches, batches, 0.1)
     model.t5.shared.weight.data[:] = math.nan
     with pytest.raises(Diverged, match="a validation or test loss is not finite; lower the"):
         model.evaluate(model.no_prompt(), [model.encode([good])])
@@ -996,6 +999,8 @@ def test_a_cluster_of_mostly_one_label_and_texts_without_words_are_said(tmp_path
     data.write_task(tmp_path, SENTIMENT, {"examples": examples})
     flags = {"source": tmp_path / "examples.jsonl", "k": 2, "device": "cpu"}
     run(cluster, method="random", **flags)
+    with pytest.raises(InputError, match="its clusters would be written over it"):
+        run(cluster, method="random", **{**flags, "out": flags["source"]})
     printed = capsys.readouterr().out
     assert "0 bad, 0 okay, 0 good" in printed and "    words: \n    a\n" in printed
     assert "warning" not in printed
@@ -1912,6 +1917,7 @@ BAD = {  # what is wrong: the file, what stands in it, and a part of the line
     "brackets without end": (TASK, "[" * 10**5, "give a whole file of JSON"),
     "a task without words": (TASK, '{"name": "a", "template": "{text} {mask}"}', "'words' is miss"),
     "a template without a mask": (TASK, entry("template", "{text}"), MASKED),
+    "a template with a format": (TASK, entry("template", "{text!r} {mask}"), MASKED),
     "a template with an open brace": (TASK, entry("template", "{text} {mask"), MASKED),
     "a word twice": (TASK, entry("words", ["good", "good"]), "two or more words, all different"),
     "a name that leads elsewhere": (TASK, entry("name", "../up"), "a name without a slash"),

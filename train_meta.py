@@ -286,7 +286,7 @@ def read_source(args, task):
     }
     if rank_and_world()[0] == 0:
         print(
-            f"{args.method} on {size:,} examples in {len(tasks)} clusters; "
+            f"{args.out}: {args.method} on {size:,} examples in {len(tasks)} clusters; "
             f"{sum(map(len, held_out)):,} others are held out",
             flush=True,
         )

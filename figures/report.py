@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data
 import finetune
 import script
 from finetune import in_points, method_name, print_table, read_results, spread
@@ -342,7 +341,7 @@ def main(argv=None):
     print(finetune.LEGEND)
     print_table(f"Against {against}: {GAINS}", gain_table(lines, against))
     if args.figure:
-        data.save_figure(args.figure, plot(curves(rows, args.x), args.x))
+        script.save_figure(args.figure, plot(curves(rows, args.x), args.x))
 
 
 if __name__ == "__main__":

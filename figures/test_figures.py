@@ -189,7 +189,7 @@ def test_0_shots_have_a_place_and_names_are_text(tmp_path):
         rows += [result("$^$", 0.5, None, prompt, shots, **facts) for shots in (0, 10, 40)]
 
     figure = report.plot(report.curves(rows, "shots"), "shots")
-    data.save_figure(tmp_path / "a.png", figure)
+    script.save_figure(tmp_path / "a.png", figure)
     at = figure.axes[0].transData.transform([(shots, 50) for shots in (0, 10, 40)])[:, 0]
     assert min(np.diff(at)) > 30  # pixels
     names = [text.get_text() for text in figure.legends[0].get_texts()]
