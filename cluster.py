@@ -163,7 +163,7 @@ def embed(texts, folder, encoder, device):
     path = Path(folder, f"embeddings-{digest(made_of)}.npy")
     with script.only_writer(path, wait=True):
         if not path.exists():
-            with input_errors(encoder, "give a sentence-BERT by hub name or folder", Exception):
+            with input_errors(encoder, "give a sentence-BERT by hub name or folder"):
                 weights = {"use_safetensors": True, "dtype": torch.float32}
                 model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
 

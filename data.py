@@ -38,7 +38,6 @@ import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -252,7 +251,7 @@ def read_sentihood(path):
     """SentiHood (Appendix C): a JSON array of sentences with opinions on aspects. A sentence is
     kept where they all agree."""
     hint = "give the array of SentiHood, [{text, opinions: [{sentiment}]}]"
-    with input_errors(path, hint, TypeError, AttributeError, *BROKEN):
+    with input_errors(path, hint):
         for item in json.loads(open_packed(path).read().decode("utf-8-sig")):
             opinions = [opinion["sentiment"] for opinion in item["opinions"]]
             yield item["text"].strip(), agreed(opinions, {"Negative": 0, "Positive": 1})
@@ -261,7 +260,7 @@ def read_sentihood(path):
 def read_semeval(path):
     """SemEval-2016 task 5, subtask 1 (Appendix C): XML with opinions in each sentence. 2015's has
     that form too, 2014's has them as aspect terms. A sentence is kept where they all agree."""
-    with input_errors(path, "give the XML of SemEval-2016 task 5", ElementTree.ParseError, *BROKEN):
+    with input_errors(path, "give the XML of SemEval-2016 task 5"):
         # From bytes, so that the XML names its own encoding.
         root = ElementTree.fromstring(open_packed(path).read())
 
@@ -314,8 +313,6 @@ DATASETS = {
 # ------------------------------------------------------- The run: files of text, and of JSON lines
 
 JSON_LINES = (".jsonl", ".json", ".ndjson", ".jl", ".jsonlines")
-# What the packers of the standard library raise beside OSError, EOFError and ValueError.
-BROKEN = (zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 
 
 def unpacked_name(path):
@@ -346,7 +343,7 @@ def numbered_lines(path):
     the file and the line."""
     number = 0
     place = lambda: f"{path}:{number}" if number else str(path)
-    with input_errors(place, "give a whole file of UTF-8 text", *BROKEN):
+    with input_errors(place, "give a whole file of UTF-8 text"):
         with open_packed(path) as file:
             for number, line in enumerate(file, 1):
                 if b"\0" in line:
@@ -462,7 +459,7 @@ def convert(name, source, out, test_share=0.0, **names):
     and test name files that are not called as the official ones. Raises InputError."""
     source, out = Path(source), Path(out)
     with tempfile.TemporaryDirectory() as temporary:
-        with input_errors(source, f"give the official file of {name}", *BROKEN):
+        with input_errors(source, f"give the official file of {name}"):
             place = unpack(source, Path(temporary))
         try:
             files = find_files(place, DATASETS[name][2], names)
@@ -643,7 +640,7 @@ def read_splits(folder, task, count, seed):
 def load_classifier(name, device, is_base=False, **arguments):
     """A sequence classifier by hub name or folder, and its tokenizer; one that is to be trained,
     a base, may lack its head. Reads safetensors only. Raises InputError."""
-    with input_errors(name, "give a sequence classifier by hub name or folder", Exception):
+    with input_errors(name, "give a sequence classifier by hub name or folder"):
         arguments |= {"use_safetensors": True, "output_loading_info": True}
         arguments["ignore_mismatched_sizes"] = is_base
         model, loading = AutoModelForSequenceClassification.from_pretrained(name, **arguments)
@@ -698,8 +695,7 @@ def read_corpus(paths, share=1.0):
 def read_documents(path):
     """Yields the documents of one corpus file; None stands for no text, an empty document, say, or
     one that is no UTF-8. Raises InputError where the file is broken or of another kind."""
-    # A TypeError comes from tarfile, where a gzip header is cut off.
-    with input_errors(path, "give the whole file", TypeError, *BROKEN):
+    with input_errors(path, "give the whole file"):
         if tarfile.is_tarfile(path):
             with open(path, "rb") as file:
                 yield from read_tar(file)

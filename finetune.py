@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from metapt import INITS, Diverged, InputError, PromptedT5, Task, best_of, digest, input_errors
+from metapt import Diverged, InputError, PromptedT5, Task, best_of, digest, input_errors
 from metapt import linear_schedule, load_prompt, load_t5, out_of_patience, save_prompt, select
 from script import number
 
@@ -323,8 +323,7 @@ def list_runs(args, tasks, prompts):
         for task, name, shots, seed in itertools.product(tasks, starts, args.shots, args.seeds):
             start, facts = None, {"method": "ft"}
             if name == "random":
-                random = (prompt_length, seed, args.init)
-                start, facts = task.model.init_prompt(*random), {"method": "random"}
+                start, facts = task.model.init_prompt(prompt_length, seed), {"method": "random"}
             elif method == "pt":
                 start, facts = prompts[name][0].to(task.model.device), prompts[name][1]
             if shots == 0 and name != "random":
@@ -350,8 +349,6 @@ def begin_row(method, task, name, start, facts, shots, seed, settings):
     kept = {flag: settings.get(flag) for flag in (*SHARED, *OWN[method])}
     if start is not None:
         kept["prompt_length"] = len(start)
-    if name == "random":
-        kept["init"] = settings["init"]
     if method == "ft" and settings["search"]:
         kept["learning_rate"] = RATES
 
@@ -473,7 +470,7 @@ def read_results(file):
         return {}
 
     hint = "not a line of these results: remove it, or name another file"
-    with input_errors(lambda: f"{file}:{number}", hint, TypeError):
+    with input_errors(lambda: f"{file}:{number}", hint):
         for number, line in data.numbered_lines(file):
             row = json.loads(line)
             if not 0 <= row["accuracy"] <= 1 or not isinstance(row["settings"], dict):
@@ -641,7 +638,6 @@ def make_parser():
     add("--batch-size", type=number(1), help=f"examples of a step {default('batch_size')}")
     vectors = "vectors of a random prompt (default: as the prompts named beside it, else 100)"
     add("--prompt-length", type=number(1), help=vectors)
-    add("--init", default="vocab", choices=INITS, help="how a random prompt is drawn")
     add("--max-length", type=number(1), help=f"tokens of a text (default: {script.MAX_LENGTH})")
 
     add = parser.add_argument_group("how long").add_argument

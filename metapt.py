@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
@@ -39,7 +38,6 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 MASK = "<extra_id_0>"  # T5's first sentinel stands for the paper's <X>
 NEW_WORD = "\u2581"  # how a sentencepiece that begins a word begins
-INITS = ("vocab", "uniform")  # how a random prompt can be drawn
 
 
 class InputError(ValueError):
@@ -68,21 +66,17 @@ class Task:
     words: list[str]
 
     def __post_init__(self):
-        problem = InputError(
-            f"task {self.name!r}: it needs a name without a slash, a template that holds {{mask}} "
-            "once and a field of the examples, as '{text}. It was {mask}' does, and a list of two "
-            "or more words, all different"
-        )
-        words = self.words if isinstance(self.words, list) else []
-        if not all(isinstance(value, str) for value in [self.name, self.template, *words]):
-            raise problem
-        try:
+        fits = False
+        with suppress(TypeError, ValueError):  # of other types, or of braces that do not close
             names = [name for _, name in self.parts() if name is not None]
-        except ValueError:  # of braces that do not close, say
-            raise problem
-        whole = names.count("mask") == 1 and "" not in names and len(names) > 1
-        if not whole or len(set(words)) < max(2, len(words)) or "/" in self.name:
-            raise problem
+            fits = names.count("mask") == 1 and "" not in names and len(names) > 1
+            fits = fits and len(set(self.words)) == len(self.words) > 1 and "/" not in self.name
+        if not fits or not isinstance(self.words, list) or {*map(type, self.words)} != {str}:
+            raise InputError(
+                f"task {self.name!r}: it needs a name without a slash, a template that holds "
+                "{mask} once and a field of the examples, as '{text}. It was {mask}' does, and a "
+                "list of two or more words, all different"
+            )
 
     def parts(self):
         """The template in parts: (words, the name in braces behind them or None)."""
@@ -194,18 +188,10 @@ class PromptedT5(torch.nn.Module):
         """A prompt of no vectors, [0, d_model]."""
         return torch.zeros(0, self.t5.config.d_model, device=self.device)
 
-    def init_prompt(self, n_tokens=100, seed=1, init="vocab"):
-        """A random prompt [n_tokens, d_model], float32: rows of the frozen embedding table
-        (init="vocab"), or Lester et al.'s (2021) even noise from -0.5 to 0.5 ("uniform"). Raises
-        InputError for another init."""
-        if init not in INITS:
-            raise InputError(f"a random prompt is {' or '.join(INITS)}, not {init!r}")
+    def init_prompt(self, n_tokens=100, seed=1):
+        """A random prompt [n_tokens, d_model], float32: rows of the frozen embedding table."""
         generator = torch.Generator().manual_seed(seed)
         table = self.t5.get_input_embeddings().weight.detach().cpu()
-        if init == "uniform":
-            noise = torch.rand(n_tokens, table.shape[1], generator=generator) - 0.5
-            return noise.to(self.device)
-
         special = set(self.tokenizer.all_special_ids)
         words = torch.tensor([i for i in range(len(self.tokenizer)) if i not in special])
         rows = words[torch.randint(len(words), (n_tokens,), generator=generator)]
@@ -560,7 +546,7 @@ def load_t5(name, device="cpu", dtype="float32"):
     """A T5, T5 v1.1, flan-t5 or LM-adapted T5 by hub name or folder, and its tokenizer. Reads
     safetensors only and runs no code that comes with a model. Raises InputError."""
     hint = "give a T5 by hub name or folder, with safetensors and tokenizer.json"
-    with input_errors(name, hint, Exception):  # transformers raises all kinds
+    with input_errors(name, hint):
         # A misspelt folder of one's own is not asked of the hub, which would take half a minute.
         if "/" in str(name) and Path(name).parent.is_dir() and not Path(name).is_dir():
             raise ValueError("no such folder")
@@ -656,27 +642,17 @@ def digest(value):
 
 
 @contextmanager
-def input_errors(source, hint, *also):
-    """Turns what a broken `source` (a file, say, or a function that names it at the time) makes a
-    reader raise into an InputError of one line that names it and ends in the hint. Our own
-    mistakes, a TypeError say, stay what they are, unless `also` lists them, as where a library may
-    raise anything."""
+def input_errors(source, hint):
+    """Turns whatever a broken `source` (a file, say, or a function that names it at the time) makes
+    its reader raise into an InputError of one line that names it and ends in the hint."""
     name = source if callable(source) else lambda: source
     try:
         yield
     except InputError as error:
         prefix = "" if str(name()) in str(error) else f"{name()}: "
         raise type(error)(f"{prefix}{error}") from error
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        EOFError,
-        RecursionError,
-        SafetensorError,
-        *also,
-    ) as e:
-        raise InputError(f"{name()}: {first_line(e)}; {hint}") from e
+    except Exception as error:  # the libraries that read it raise all kinds
+        raise InputError(f"{name()}: {first_line(error)}; {hint}") from error
 
 
 def first_line(error):

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import math
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -136,7 +135,7 @@ def add_precision(machine):
 def set_machine(args):
     """Sets the threads, the device and the precision that the arguments name. Raises InputError."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with input_errors(f"--device {args.device}", "give cpu or cuda", Exception):
+    with input_errors(f"--device {args.device}", "give cpu or cuda"):
         torch.empty(0, device=args.device)
     if args.device == "cuda" and rank_and_world()[1] > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -161,7 +160,7 @@ def contents(name):
     hub's model the name and the commit. Raises InputError."""
     folder = Path(name)
     if not folder.is_dir():
-        with input_errors(name, "give a model by hub name or folder", Exception):
+        with input_errors(name, "give a model by hub name or folder"):
             config = transformers.AutoConfig.from_pretrained(name)
         return f"{name}@{getattr(config, '_commit_hash', None)}"
 
@@ -210,10 +209,9 @@ def only_writer(place, wait=False):
 def provenance(device):
     """What a result can be traced by: versions, device, threads, git commit (None without one)."""
     commit = None
-    if shutil.which("git"):
-        show = ["git", "rev-parse", "HEAD"]
-        shown = subprocess.run(show, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = shown.stdout.strip() or None
+    with contextlib.suppress(OSError):  # where there is no git
+        show = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        commit = subprocess.run(show, capture_output=True, text=True).stdout.strip() or None
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     gpu = torch.device(device).type == "cuda"
@@ -238,10 +236,10 @@ def save_figure(path, figure):
 
 def rank_and_world():
     """This process's number and how many processes torchrun started; 0 and 1 without it. Clusters
-    set some of its variables too: only all of them count."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    started = all(name in os.environ for name in names)
-    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if started else (0, 1)
+    set variables of these names too, and do not count."""
+    if not torch.distributed.is_torchelastic_launched():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 @contextlib.contextmanager
@@ -265,17 +263,10 @@ def stop_signal():
 
 def run(main):
     """Runs a script's main; bad input ends in one line on standard error and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
     transformers.utils.logging.disable_progress_bar()  # the scripts have their own
     transformers.utils.logging.set_verbosity_error()
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read this, `head` say, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except InputError as error:
         exit_with(error, 2)
     except torch.OutOfMemoryError:

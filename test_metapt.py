@@ -229,7 +229,8 @@ def tune(world, out, kind="pt", **flags):
 def torchrun(rank, world):
     """The environment that torchrun gives to a process."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": 1}
-    return {**{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "localhost"}
+    names |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "1"}
+    return {name: str(value) for name, value in names.items()}
 
 
 def ctrl_c():
@@ -347,10 +348,6 @@ def test_a_random_prompt_is_of_its_seed_and_of_the_embedding_table(tokenizer):
     assert torch.equal(first, again) and not torch.equal(first, second)
     same = (first[:, None] == table).all(-1)
     assert same.any(1).all() and not same[:, tokenizer.all_special_ids].any()
-    even = model.init_prompt(500, init="uniform")
-    assert -0.5 <= even.min() < -0.49 and 0.49 < even.max() <= 0.5
-    with pytest.raises(InputError, match="vocab or uniform, not 'anything'"):
-        model.init_prompt(init="anything")
 
 
 def test_loss_predict_and_evaluate_agree_with_their_definitions(model):

@@ -31,7 +31,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import data
-from metapt import INITS, Diverged, InputError, PromptedT5, Task, adapt, best_of, check_finite
+from metapt import Diverged, InputError, PromptedT5, Task, adapt, best_of, check_finite
 from metapt import digest, input_errors, linear_schedule, load_prompt, load_t5, meta_gradient
 from metapt import out_of_patience, read_json, save_prompt, write_atomically
 from script import number, rank_and_world
@@ -316,7 +316,7 @@ def identity(args, task):
     made_of["--source"] = digest(Path(args.source))
     made_of["task.json"] = digest([task.template, task.words])
     made_of["--model"] = script.contents(args.model)
-    if args.init not in INITS:
+    if args.init:
         made_of["--init"] = load_prompt(args.init)[1]["weights"]
 
     recipe = digest({name: value for name, value in made_of.items() if name != "--seed"})
@@ -360,7 +360,7 @@ def read_checkpoint(out):
     """What a checkpoint in `out` holds, {} where there is none. Raises InputError."""
     if not checkpoint_in(out).exists():
         return {}
-    with input_errors(checkpoint_in(out), "--restart begins anew", TypeError):
+    with input_errors(checkpoint_in(out), "--restart begins anew"):
         with safe_open(checkpoint_in(out), "pt") as file:
             header = json.loads(file.metadata()["run"])
             tensors = {name: file.get_tensor(name) for name in ("prompt", "best", *MOMENTS)}
@@ -370,9 +370,8 @@ def read_checkpoint(out):
 
 def begin(args, model, checkpoint):
     """Where a run begins: at its checkpoint, or else at a random prompt or the one in --init."""
-    if args.init in INITS:
-        start = model.init_prompt(args.prompt_length, args.seed, args.init)
-    else:
+    start = model.init_prompt(args.prompt_length, args.seed)
+    if args.init:
         start = load_prompt(args.init, model.t5.config.d_model)[0].to(model.device)
 
     prompt = torch.nn.Parameter(start)
@@ -451,7 +450,7 @@ def make_parser():
     m = "m, the support examples of a task and as many queries; for ppt a step's examples"
     add("--batch-size", type=number(1), default=M, help=m)
     add("--prompt-length", type=number(1), default=100, help="vectors of a random prompt")
-    add("--init", default="vocab", help=f"{', '.join(INITS)}, or a prompt's folder to start at")
+    add("--init", metavar="FOLDER", help="a prompt to start at (default: a random one)")
     add("--source-size", type=number(1), help="source examples, drawn at random (default: all)")
     add("--validation", type=number(1), default=640, help="examples held out over all clusters")
     add("--max-length", type=number(1), default=script.MAX_LENGTH, help="tokens of a text at most")

@@ -37,7 +37,7 @@ from train_meta import ALPHA, M
 
 def with_higher(model, prompt, supports, queries, alpha):
     """Equation 2's gradient by the higher library's differentiable optimizer, and the loss."""
-    with input_errors("--compare higher", "pip install higher", ImportError):
+    with input_errors("--compare higher", "pip install higher"):
         import higher
 
     module = torch.nn.ParameterList([torch.nn.Parameter(prompt.clone())])
@@ -57,7 +57,7 @@ OTHERS = {"loop": textbook_meta_gradient, "higher": with_higher}
 
 def with_peft(model, prompt):
     """The same model and prompt by the peft library: its parameter, and batch -> logits at <X>."""
-    with input_errors("--only downstream", "pip install peft", ImportError):
+    with input_errors("--only downstream", "pip install peft"):
         import peft
 
     form = {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 1}

@@ -47,7 +47,7 @@ def download(name, pattern, file=None):
     """Yields (match, text) of every file in a download, or in the tar in it, whose name fits a
     pattern. Raises InputError."""
     hint = "download it to the current folder, whole"
-    with input_errors(name, hint, TypeError, *data.BROKEN), tarfile.open(name, fileobj=file) as tar:
+    with input_errors(name, hint), tarfile.open(name, fileobj=file) as tar:
         for member in tar:
             match = re.search(pattern, member.name)
             if member.name.endswith(INNER):

@@ -212,7 +212,7 @@ def read_tokens(args, words):
     hundred documents as another stream. Raises InputError."""
     learn_from = [itertools.islice(data.read_documents(path), 20_000) for path in args.corpus]
     texts = (text[:2000] for text in itertools.chain(*learn_from) if text)
-    with input_errors(args.corpus[0], "raise --pieces", Exception):  # tokenizers has no other kind
+    with input_errors(args.corpus[0], "raise --pieces"):
         tokenizer = learn_tokenizer(texts, words, args.pieces)
 
     documents = itertools.chain(*(data.read_documents(path) for path in args.corpus))
