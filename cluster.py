@@ -19,7 +19,6 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-import scipy.sparse
 import torch
 from sentence_transformers import SentenceTransformer
 from sklearn.decomposition import LatentDirichletAllocation
@@ -55,13 +54,15 @@ def kmeans(embeddings, k, seed):
 
 
 def count_words(texts, size):
-    """The `size` most frequent English words of N texts but for stop words: counts [N, words] and
-    the words, none where no text has a word of two letters or more."""
+    """The `size` most frequent English words of N texts but for stop words, or where there are no
+    others all words: counts [N, words] and the words."""
     vectorizer = CountVectorizer(stop_words="english", max_features=size)
     try:
-        return vectorizer.fit_transform(texts), vectorizer.get_feature_names_out()
+        counts = vectorizer.fit_transform(texts)
     except ValueError:  # which scikit-learn calls an empty vocabulary
-        return scipy.sparse.csr_matrix((len(texts), 0)), np.array([], dtype=str)
+        vectorizer = CountVectorizer(token_pattern=r"\w+", max_features=size)
+        counts = vectorizer.fit_transform(texts)
+    return counts, vectorizer.get_feature_names_out()
 
 
 def lda(counts, k, seed, size=512, updates=100):
@@ -109,19 +110,6 @@ def telling_words(counts, clusters, words, count=8):
     return {int(name): words[row].tolist() for name, row in zip(names, order)}
 
 
-def of_one_label(labels, clusters, share=0.8):
-    """The clusters in which one label has `share` of the examples or more, though not in the
-    source: they are close to Appendix B.1's clustering by label."""
-    overall = np.bincount(labels) / len(labels)
-    names = []
-    for name in np.unique(clusters):
-        members = labels[clusters == name]
-        label = np.bincount(members).argmax()
-        if (members == label).mean() >= share > overall[label]:
-            names.append(int(name))
-    return names
-
-
 def plot(embeddings, panels, seed, sample=2500):
     """Figure 4: t-SNE of a sample of the embeddings, with a panel for every (title, clusters [N],
     words of each cluster). Returns the figure."""
@@ -156,28 +144,25 @@ def plot(embeddings, panels, seed, sample=2500):
 def embed(texts, folder, encoder, device):
     """Section 4.2's sentence embeddings of unit length, [N, d] float32, by a sentence-transformers
     model's name or folder; the folder of any transformer serves too, with the mean over its tokens.
-    They are stored in `folder` under the digest of what they are made of; a second command waits
-    for them. Raises InputError."""
+    They are stored in `folder` under the digest of what they are made of. Raises InputError."""
     made_of = {"texts": [digest(text.encode()) for text in texts]}
     made_of["encoder"] = script.contents(encoder)
     path = Path(folder, f"embeddings-{digest(made_of)}.npy")
-    with script.only_writer(path, wait=True):
-        if not path.exists():
-            with input_errors(encoder, "give a sentence-BERT by hub name or folder"):
-                weights = {"use_safetensors": True, "dtype": torch.float32}
-                model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
+    if not path.exists():
+        with input_errors(encoder, "give a sentence-BERT by hub name or folder"):
+            weights = {"use_safetensors": True, "dtype": torch.float32}
+            model = SentenceTransformer(encoder, device=device, model_kwargs=weights)
 
-            options = {"batch_size": 128, "show_progress_bar": sys.stderr.isatty()}
-            embeddings = model.encode(texts, normalize_embeddings=True, **options)
-            embeddings = embeddings.astype(np.float32)
-            finite = np.isfinite(embeddings).all(1)
-            if not finite.all():
-                problem = f"the embedding of {texts[finite.argmin()][:60]!r} is not finite"
-                raise InputError(f"{encoder}: {problem}; give another --encoder")
-            write_atomically(path, lambda file: np.save(file, embeddings, allow_pickle=False))
+        options = {"batch_size": 128, "show_progress_bar": sys.stderr.isatty()}
+        embeddings = model.encode(texts, normalize_embeddings=True, **options)
+        embeddings = embeddings.astype(np.float32)
+        finite = np.isfinite(embeddings).all(1)
+        if not finite.all():
+            problem = f"the embedding of {texts[finite.argmin()][:60]!r} is not finite"
+            raise InputError(f"{encoder}: {problem}; give another --encoder")
+        write_atomically(path, lambda file: np.save(file, embeddings, allow_pickle=False))
 
-    with input_errors(path, "remove it"):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def describe(task, texts, labels, clusters, distances, telling):
@@ -191,13 +176,6 @@ def describe(task, texts, labels, clusters, distances, telling):
         for row in rows:
             print(f"    {' '.join(texts[row].split())[:110]}")
 
-    names = [] if np.array_equal(clusters, labels) else of_one_label(labels, clusters)
-    if names:
-        print(
-            f"warning: four in five examples or more have one label in cluster {names}: clustering "
-            "by label, which this is close to, is no better than PPT in Table 2"
-        )
-
 
 def make_meta_tasks(args):
     """Section 4.2: clusters args.source by args.method, for every number of clusters in args.k."""
@@ -206,12 +184,11 @@ def make_meta_tasks(args):
     examples = list(data.read_examples(source, task))
     texts = [data.text_of(example, task) for example in examples]
     labels = np.array([example["label"] for example in examples])
-    if not all(2 <= k <= len(examples) for k in args.k):
+    if max(args.k) > len(examples):
         raise InputError(f"{source}: {len(examples):,} examples cannot make {args.k} clusters")
 
-    counts, words = count_words(texts, args.vocabulary)
-    if args.method == "lda" and not len(words):
-        raise InputError(f"{source}: no words for LDA to count; give texts of other words")
+    with input_errors(source, "give texts with words, which the report counts"):
+        counts, words = count_words(texts, args.vocabulary)
     folder = Path(args.out).parent if args.out else source.parent
     if args.method == "kmeans" or args.figure:
         embeddings = embed(texts, folder, args.encoder, args.device)
@@ -271,7 +248,7 @@ def main(argv=None):
     args = parser.parse(argv)
     if len(args.k) > 1 and (args.out or args.method == "label"):
         parser.error("--out and --method label go with one --k")
-    if args.out and (not args.out.endswith(".jsonl") or Path(args.out).name == "task.jsonl"):
+    if args.out and not args.out.endswith(".jsonl"):
         parser.error("--out must end in .jsonl; its arguments go into a .json of the same name")
 
     script.set_machine(args)

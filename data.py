@@ -7,7 +7,7 @@ out. From top to bottom:
     Appendix C            a reader for each dataset
     The run               JSON lines and task folders; then the three commands
 
-    python data.py convert yelp5 --input yelp_review_full_csv.tgz --out tasks/yelp5   # or another
+    python data.py convert yelp5 --train train.csv --test test.csv --out tasks/yelp5
     python data.py labeller --task tasks/yelp5 --out labeller           # RoBERTa, for pseudo-labels
     python data.py pseudo-label --labeller labeller --corpus openwebtext.tar.xz --out source
 
@@ -18,26 +18,19 @@ word or its index.
 
 import script  # first: it sets how PyTorch takes its memory
 
-import array
 import collections
 import contextlib
 import csv
-import datetime
-import fnmatch
 import gzip
-import io
 import itertools
 import json
 import lzma
 import math
-import os
 import random
 import re
 import shutil
 import tarfile
-import tempfile
 import xml.etree.ElementTree as ElementTree
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -103,10 +96,12 @@ def log_probabilities(model, tokenize, texts, batch_size):
 
 
 def classify(model, tokenize, texts, batch_size):
-    """Section 4.1's pseudo-labels: each text's most probable label and its confidence, that
-    label's probability: two lists. Raises Diverged."""
+    """Section 4.1's pseudo-labels: of each text (text, label, confidence), its most probable label
+    and that label's probability. Raises Diverged."""
+    if not texts:
+        return []
     confidences, labels = log_probabilities(model, tokenize, texts, batch_size).exp().max(-1)
-    return labels.tolist(), confidences.tolist()
+    return list(zip(texts, labels.tolist(), confidences.tolist()))
 
 
 # A sentence ends with its line, or before a capital, but not in "Mr. A. B. Smith".
@@ -198,35 +193,19 @@ def read_sst(path, classes):
     """Stanford Sentiment Treebank (Appendix C), one bracketed tree a line; the root's digit is the
     grade. With 2 classes the neutral sentences are dropped."""
     positive = {0: 0, 1: 0, 3: 1, 4: 1}
-    for number, line in numbered_lines(path):
+    for line_number, line in numbered_lines(path):
         if not line.strip():
             continue
+        grade = re.match(r"\s*\(([0-4]) ", line)
         tokens = re.findall(r"\([0-4] ([^()]+)\)", line)
-        closed = line.count("(") == line.count(")")
-        if not re.match(r"\s*\([0-4] ", line) or not tokens or not closed:
+        if not grade or not tokens or line.count("(") != line.count(")"):
             problem = "not a tree, as (3 (2 It) (4 works)); give the official trees"
-            raise InputError(f"{path}:{number}: {problem}")
+            raise InputError(f"{path}:{line_number}: {problem}")
 
         text = " ".join(tokens).replace("\xa0", " ").replace("-LRB-", "(").replace("-RRB-", ")")
         text = re.sub(r"\\([/*])", r"\1", text)
-        grade = int(line.lstrip()[1])
+        grade = int(grade[1])
         yield text, grade if classes == 5 else positive.get(grade, "neutral")
-
-
-def read_sst2(path):
-    """SST-2 from the trees, or from GLUE's .tsv with its header, where quotes are text."""
-    if not unpacked_name(path).endswith(".tsv"):
-        yield from read_sst(path, 2)
-        return
-
-    for number, line in numbered_lines(path):
-        text, _, label = line.rstrip("\r\n").rpartition("\t")
-        fits = (text, label) == ("sentence", "label") if number == 1 else label in ("0", "1")
-        if not fits:
-            problem = "not GLUE's sentence, tab, label; give its train.tsv and dev.tsv"
-            raise InputError(f"{path}:{number}: {problem}")
-        if number > 1:
-            yield text.strip(), int(label)
 
 
 def read_zhang(path, classes):
@@ -258,16 +237,15 @@ def read_sentihood(path):
 
 
 def read_semeval(path):
-    """SemEval-2016 task 5, subtask 1 (Appendix C): XML with opinions in each sentence. 2015's has
-    that form too, 2014's has them as aspect terms. A sentence is kept where they all agree."""
+    """SemEval-2016 task 5, subtask 1 (Appendix C): XML with opinions in each sentence. A sentence
+    is kept where they all agree."""
     with input_errors(path, "give the XML of SemEval-2016 task 5"):
         # From bytes, so that the XML names its own encoding.
         root = ElementTree.fromstring(open_packed(path).read())
 
     for sentence in root.iter("sentence"):
         text = (sentence.findtext("text") or "").strip()
-        opinions = [*sentence.iter("Opinion"), *sentence.iter("aspectTerm")]
-        opinions = [opinion.get("polarity") for opinion in opinions]
+        opinions = [opinion.get("polarity") for opinion in sentence.iter("Opinion")]
         if sentence.get("OutOfScope", "").lower() == "true":
             yield text, "out of scope"
         else:
@@ -278,96 +256,69 @@ def agreed(opinions, labels):
     """The label of a sentence whose opinions are all the same; otherwise the reason to drop it."""
     if not opinions:
         return "no opinion"
-    if len(set(opinions)) > 1 or "conflict" in opinions:  # as 2014 calls mixed ones
+    if len(set(opinions)) > 1:
         return "mixed opinions"
     return labels.get(opinions[0], f"unknown opinion {opinions[0]!r}")
 
 
-# What the official file of each split is called, in small letters; the first that is there counts.
-TREES = {"train": ["train.txt"], "validation": ["dev.txt"], "test": ["test.txt"]}
-# GLUE's test has no labels, so that its dev is the test.
-SST2 = {
-    "train": ["train.txt", "train.tsv"],
-    "validation": ["dev.txt"],
-    "test": ["test.txt", "dev.tsv"],
-}
-ZHANG = {"train": ["train.csv"], "test": ["test.csv"]}
-SENTIHOOD = {"train": ["*train*.json"], "validation": ["*dev*.json"], "test": ["*test*.json"]}
-# SB1 has a sentence's opinions, SB2 a whole review's; a test without "gold" has none.
-RESTAURANTS = {"train": ["*rest*train*sb1*"], "test": ["en_rest*sb1*test*gold*"]}
-LAPTOPS = {"train": ["*lap*train*sb1*"], "test": ["en_lap*sb1*test*gold*"]}
-
-# Appendix C: task -> classes, reader, and the names of its files.
+# Appendix C: task -> classes, reader
 DATASETS = {
-    "sst5": (5, partial(read_sst, classes=5), TREES),
-    "sst2": (2, read_sst2, SST2),
-    "yelp5": (5, partial(read_zhang, classes=5), ZHANG),
-    "amazon5": (5, partial(read_zhang, classes=5), ZHANG),
-    "amazon2": (2, partial(read_zhang, classes=2), ZHANG),
-    "sentihood": (2, read_sentihood, SENTIHOOD),
-    "semeval_restaurant": (3, read_semeval, RESTAURANTS),
-    "semeval_laptop": (3, read_semeval, LAPTOPS),
+    "sst5": (5, partial(read_sst, classes=5)),
+    "sst2": (2, partial(read_sst, classes=2)),
+    "yelp5": (5, partial(read_zhang, classes=5)),
+    "amazon5": (5, partial(read_zhang, classes=5)),
+    "amazon2": (2, partial(read_zhang, classes=2)),
+    "sentihood": (2, read_sentihood),
+    "semeval_restaurant": (3, read_semeval),
+    "semeval_laptop": (3, read_semeval),
 }
 
 
 # ------------------------------------------------------- The run: files of text, and of JSON lines
 
-JSON_LINES = (".jsonl", ".json", ".ndjson", ".jl", ".jsonlines")
-
-
-def unpacked_name(path):
-    """A file's name without .gz or .xz."""
-    return re.sub(r"\.(gz|xz)$", "", Path(path).name)
-
 
 def is_plain(path):
     """Whether a file holds a text on each line, and not JSON, by its name. Raises InputError where
     it is neither."""
-    suffix = Path(unpacked_name(path)).suffix.lower()
-    if suffix != ".txt" and suffix not in JSON_LINES:
-        raise InputError(
-            f"{path}: neither JSON lines ({', '.join(JSON_LINES)}) nor a text on each line (.txt), "
-            "by its name; write one of them, packed (.gz, .xz) or not"
-        )
-    return suffix == ".txt"
+    suffix = re.search(r"\.(txt|jsonl?|ndjson|jl|jsonlines)(\.gz|\.xz)?$", str(path))
+    if not suffix:
+        problem = "neither a text on each line (.txt) nor JSON lines (.jsonl, .json), by its name"
+        raise InputError(f"{path}: {problem}; write one of them, packed (.gz, .xz) or not")
+    return suffix[1] == "txt"
 
 
 def open_packed(path):
     """A file for reading bytes; .gz and .xz are unpacked as they are read."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
-    return io.BufferedReader(opener(path, "rb"), 2**20)
+    return opener(path, "rb")
 
 
 def numbered_lines(path):
     """Yields (number, line) of a UTF-8 text file as open_packed reads it. Raises InputError with
     the file and the line."""
-    number = 0
-    place = lambda: f"{path}:{number}" if number else str(path)
-    with input_errors(place, "give a whole file of UTF-8 text"):
-        with open_packed(path) as file:
-            for number, line in enumerate(file, 1):
-                if b"\0" in line:
-                    raise ValueError("it holds a NUL byte")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    hint = "give a whole file of UTF-8 text"
+    with input_errors(path, hint), open_packed(path) as file:
+        for line_number, line in enumerate(file, 1):
+            with input_errors(f"{path}:{line_number}", hint):
+                text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")
+            yield line_number, text
 
 
-def read_examples(path, task, labelled=True, blanks=False):
+def read_examples(path, task, labelled=True):
     """Yields the examples of a file of JSON lines, or of a text on each line of a .txt; .gz and .xz
-    too. Every field of the task's template must be there and, where `labelled`, a label, an index
-    into the task's words or one of them, of which the index is given. A blank line is passed over,
-    or with `blanks` is None. Raises InputError with the file and the line."""
+    too. Every field of the task's template must be there and, where `labelled`, a label; it is
+    an index into the task's words or one of them, of which the index is given. Blank lines are
+    passed over. Raises InputError with the file and the line."""
     plain = is_plain(path)
     form = json.dumps({**dict.fromkeys(task.fields, "..."), "label": 0})
-    for number, line in numbered_lines(path):
+    for line_number, line in numbered_lines(path):
         if not line.strip():
-            if blanks:
-                yield None
             continue
 
-        with input_errors(f"{path}:{number}", f"write examples, as {form}"):
+        with input_errors(f"{path}:{line_number}", f"write examples, as {form}"):
             example = {"text": line.strip()} if plain else json.loads(line)
             check_example(example, task)
-            if labelled:
+            if labelled or "label" in example:
                 example["label"] = label_of(example, task)
         yield example
 
@@ -395,178 +346,76 @@ def check_example(example, task):
         raise ValueError("not a JSON object")
 
     for field in task.fields:
-        if not isinstance(example.get(field), str):
+        text = example.get(field)
+        if not isinstance(text, str) or not text.strip():
             raise ValueError(f"it has no text {field!r}, which the template of {task.name} needs")
-        if not example[field].strip():
-            raise ValueError(f"{field!r} is empty")
-
-    json.dumps(example, ensure_ascii=False).encode()  # it may spell half a character
-    if type(example.get("cluster", 0)) is not int:
-        raise ValueError(f"cluster {example['cluster']!r} is not a whole number")
-
-
-def write_rows(file, rows):
-    """Writes JSON lines to an open binary file."""
-    for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        text.encode()  # JSON may spell half a character
 
 
 def write_lines(path, rows):
     """Writes a file of JSON lines, packed where `path` ends in .gz: whole or not at all."""
 
     def write(file):
-        if Path(path).suffix != ".gz":
-            write_rows(file, rows)
-            return
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def pack(file):
         with gzip.GzipFile(fileobj=file, mode="wb") as packed:
-            write_rows(packed, rows)
+            write(packed)
 
-    write_atomically(path, write)
-
-
-@contextlib.contextmanager
-def folder_beside(folder, last):
-    """A new folder to fill, whose files move to `folder` at the end; on an error before that none
-    does. The file `last` makes the others valid: it is not there while they move."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    place = folder if folder.is_dir() else folder.parent  # it may be a link to another disk
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as beside:
-        yield Path(beside)
-        folder.mkdir(exist_ok=True)
-        (folder / last).unlink(missing_ok=True)
-        for file in sorted(Path(beside).iterdir(), key=lambda file: file.name == last):
-            shutil.copymode(Path(beside, last), file)  # safetensors makes its own for one user
-            os.replace(file, folder / file.name)
+    write_atomically(path, pack if Path(path).suffix == ".gz" else write)
 
 
 def write_task(folder, task, splits):
-    """Writes task.json and a .jsonl file for each split: all of them, or on an error none."""
-    with folder_beside(folder, last="task.json") as beside:
-        for split, examples in splits.items():
-            with open(beside / f"{split}.jsonl", "wb") as file:
-                write_rows(file, examples)
-        task.save(beside)
+    """Writes a .jsonl file for each split, and task.json, which makes them a task, last."""
+    folder = Path(folder)
+    (folder / "task.json").unlink(missing_ok=True)
+    for split, examples in splits.items():
+        write_lines(folder / f"{split}.jsonl", examples)
+    task.save(folder)
 
 
-# ------------------------------------------------------------ The run: an official file as a task
+# -------------------------------------------------------------- The run: official files as a task
+
+SPLITS = ("train", "validation", "test")
 
 
-def convert(name, source, out, test_share=0.0, **names):
-    """Writes the task folder `out` from an official file of Appendix C, the folder of them or the
-    archive of them, and prints what of each split was kept and what was dropped, and why. Where
-    there is no test file, a share of the training examples can be drawn for it. train, validation
-    and test name files that are not called as the official ones. Raises InputError."""
-    source, out = Path(source), Path(out)
-    with tempfile.TemporaryDirectory() as temporary:
-        with input_errors(source, f"give the official file of {name}"):
-            place = unpack(source, Path(temporary))
-        try:
-            files = find_files(place, DATASETS[name][2], names)
-            splits, counts = write_converted(name, files, out, test_share)
-        except InputError as error:  # a file of an archive has a name of its own
-            raise InputError(str(error).replace(str(place), str(source))) from error
-
-    words = WORDS[DATASETS[name][0]]
-    empty = [word for i, word in enumerate(words) if not counts["train"][i]]
-    if empty:
-        print(f"warning: no training example is {' or '.join(empty)}: is this the file of {name}?")
+def convert(name, files, out, test_share=0.0):
+    """Writes the task folder `out` from the official files of an Appendix C dataset, {split: path},
+    and prints what of each was kept and what was dropped, and why. Where there is no test file, a
+    share of the training examples can be drawn for it. Raises InputError."""
+    classes, reader = DATASETS[name]
+    words = WORDS[classes]
+    splits = {}
     for split, file in files.items():
-        labelled = [f"{counts[split].pop(i, 0):,} {word}" for i, word in enumerate(words)]
-        file = str(file).replace(str(place), str(source))
-        print(f"{file}: for {split} kept {', '.join(labelled)}; dropped {dropped(counts[split])}")
-
-    print(f"wrote {out}: task.json and {', '.join(f'{split}.jsonl' for split in splits)}")
-    if "test" not in splits:
-        print(
-            "no test file was there, and finetune.py needs one: give the folder of all files, name "
-            "it with --test, or draw three in ten training examples for it with --test-share 0.3"
-        )
-
-
-def unpack(source, folder):
-    """Unpacks an archive to `folder`, which is returned; any other source stays what it is."""
-    if source.is_dir():
-        return source
-    if zipfile.is_zipfile(source):
-        shutil.unpack_archive(source, folder, "zip")
-    elif tarfile.is_tarfile(source):
-        shutil.unpack_archive(source, folder, "tar", filter="data")
-    else:
-        return source
-    return folder
-
-
-def find_files(source, official, names):
-    """The file of each split in a folder: the one that `names` says, else the first that is called
-    as the official one. A single file of another name is the training split. Raises InputError
-    where there is no training file."""
-    folder = source if source.is_dir() else source.parent
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    # macOS adds files to an archive that begin with "._".
-    files = [file for file in files if file.is_file() and not file.name.startswith("._")]
-
-    split_files = {}
-    for split in ("train", "validation", "test"):
-        if names.get(split):
-            split_files[split] = folder / names[split]
-            continue
-        for pattern in official.get(split, []):
-            for file in files:
-                if fnmatch.fnmatchcase(unpacked_name(file).lower(), pattern):
-                    split_files.setdefault(split, file)
-
-    if not split_files and files == [source]:
-        split_files["train"] = source
-    if "train" not in split_files:
-        raise InputError(
-            f"{source}: no training file here; looked for {' or '.join(official['train'])}; give "
-            "the official file or folder, or name its training file with --train"
-        )
-    return split_files
-
-
-def write_converted(name, files, out, test_share):
-    """Writes the task from each split's official file; returns the names of the splits, and of each
-    file the counts of labels and of reasons to drop a text. Raises InputError, and then has written
-    nothing."""
-    classes, reader, _ = DATASETS[name]
-    counts = {split: collections.Counter() for split in files}
-
-    def examples(split):
-        counts[split].clear()
-        lines = tqdm(reader(files[split]), f"{name} {split}", unit=" lines", disable=None)
-        for text, label in lines:
+        examples = []
+        counts = collections.Counter()
+        for text, label in tqdm(reader(file), f"{name} {split}", unit=" texts", disable=None):
             if type(label) is int and not text:
                 label = "empty text"
-            counts[split][label] += 1
+            counts[label] += 1
             if type(label) is int:
-                yield {"text": text, "label": label}
+                examples.append({"text": text, "label": label})
 
-        if not any(type(label) is int for label in counts[split]):
-            raise InputError(
-                f"{files[split]}: no labelled text for {split} here, but {dropped(counts[split])}; "
-                f"give the official file of {name}"
-            )
+        kept = ", ".join(f"{counts.pop(i, 0):,} {word}" for i, word in enumerate(words))
+        dropped = ", ".join(f"{count:,} ({reason})" for reason, count in counts.items())
+        print(f"{file}: for {split} kept {kept}; dropped {dropped or 'none'}")
+        if not examples:
+            raise InputError(f"{file}: no labelled text here; give the official file of {name}")
+        splits[split] = examples
 
-    splits = {split: examples(split) for split in files}
-    if test_share and "test" not in splits:
-        # Always the same share, drawn once the number of examples is known.
-        count = sum(1 for _ in examples("train"))
-        test = np.random.default_rng(0).permutation(count) < round(test_share * count)
-        splits["train"] = itertools.compress(examples("train"), ~test)
-        splits["test"] = itertools.compress(examples("train"), test)
-        print(f"no test file: {test.sum():,} of the training examples are drawn for a test split")
+    if test_share and "test" not in splits:  # always the same
+        training = splits["train"]
+        order = np.random.default_rng(0).permutation(len(training))
+        is_test = order < round(test_share * len(training))
+        splits["train"] = list(itertools.compress(training, ~is_test))
+        splits["test"] = list(itertools.compress(training, is_test))
 
-    write_task(out, Task(name, TEMPLATE, WORDS[classes]), splits)
-    for split in {"train", "validation", "test"} - set(splits):  # of an earlier conversion
-        (out / f"{split}.jsonl").unlink(missing_ok=True)
-    return list(splits), counts
-
-
-def dropped(counts):
-    """The counts of what was dropped and why, as text."""
-    return ", ".join(f"{count:,} ({reason})" for reason, count in counts.items()) or "none"
+    write_task(out, Task(name, TEMPLATE, words), splits)
+    for split in set(SPLITS) - set(splits):  # of an earlier conversion
+        Path(out, f"{split}.jsonl").unlink(missing_ok=True)
+    sizes = ", ".join(f"{len(examples):,} for {split}" for split, examples in splits.items())
+    print(f"wrote {out}: {sizes}")
 
 
 # ------------------------------------------------------------------- The run: training a labeller
@@ -586,7 +435,7 @@ def train_labeller(args):
     # A checkpoint may be in half precision, in which AdamW's small steps are lost.
     settings = {"num_labels": len(task.words), "dtype": torch.float32}
     model, tokenizer = load_classifier(args.model, args.device, is_base=True, **settings)
-    tokenize = in_batches(model, tokenizer, args.max_length)
+    tokenize = in_batches(tokenizer, args.max_length)
     pairs = [(text_of(example, task), example["label"]) for example in training]
     texts = [text_of(example, task) for example in validation]
     labels = torch.tensor([example["label"] for example in validation])
@@ -605,7 +454,8 @@ def train_labeller(args):
             loss = F.nll_loss(log_p, labels).item()
             log.append({"step": step, "accuracy": accuracy, "loss": loss})
             if best_of(log) == len(log) - 1:
-                save_model(out, model, tokenizer, task, log)
+                save_model(out, model, tokenizer)
+                task.save(out)
             write_lines(out / "log.jsonl", log)
             script.save_arguments(out / "arguments.json", args)
             bar.set_postfix(accuracy=f"{accuracy:.3f}")
@@ -640,10 +490,9 @@ def read_splits(folder, task, count, seed):
 def load_classifier(name, device, is_base=False, **arguments):
     """A sequence classifier by hub name or folder, and its tokenizer; one that is to be trained,
     a base, may lack its head. Reads safetensors only. Raises InputError."""
+    options = {"use_safetensors": True, "output_loading_info": True, **arguments}
     with input_errors(name, "give a sequence classifier by hub name or folder"):
-        arguments |= {"use_safetensors": True, "output_loading_info": True}
-        arguments["ignore_mismatched_sizes"] = is_base
-        model, loading = AutoModelForSequenceClassification.from_pretrained(name, **arguments)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(name, **options)
         body = f"{model.base_model_prefix}."
         # What pools a base's states is trained with its head.
         is_head = lambda key: is_base and (not key.startswith(body) or "pooler" in key)
@@ -652,27 +501,19 @@ def load_classifier(name, device, is_base=False, **arguments):
     return model.to(device).eval(), tokenizer
 
 
-def in_batches(model, tokenizer, max_length):
-    """texts -> one batch of tensors, cut at max_length tokens. Raises InputError where the
-    classifier takes fewer."""
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    most = min(tokenizer.model_max_length, positions)
-    if max_length > most:
-        takes = f"{tokenizer.name_or_path} takes {most} tokens"
-        raise InputError(f"{takes}; lower --max-length {max_length}")
-    cut = {"truncation": True, "max_length": max_length, "padding": True}
-    return partial(tokenizer, return_tensors="pt", **cut)
+def in_batches(tokenizer, max_length):
+    """texts -> one batch of tensors, cut at max_length tokens or at as many as the model takes."""
+    most = min(max_length, tokenizer.model_max_length)
+    options = {"truncation": True, "max_length": most, "padding": True}
+    return partial(tokenizer, return_tensors="pt", **options)
 
 
-def save_model(out, model, tokenizer, task=None, log=()):
-    """Writes a model, its tokenizer, its log and, where one is given, its task: all or nothing."""
-    with folder_beside(out, last="config.json") as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        if log:
-            write_lines(beside / "log.jsonl", log)
-        if task:
-            task.save(beside)
+def save_model(folder, model, tokenizer):
+    """Writes a model and its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in Path(folder).glob("*.safetensors"):  # which are made for one user alone
+        shutil.copymode(Path(folder, "config.json"), file)
 
 
 # ------------------------------------------------------------------- The run: labelling a corpus
@@ -683,13 +524,10 @@ def read_corpus(paths, share=1.0):
     line or of JSON lines, or tars of .txt files, in further tars or not, as OpenWebText is. None
     stands for no text. Raises InputError."""
     rng = random.Random(0)
-    for document in itertools.chain.from_iterable(map(read_documents, paths)):
-        if rng.random() >= share:
-            continue
-        if document is None:
-            yield None
-        else:
-            yield from sentences_of(document)
+    for path in paths:
+        for document in read_documents(path):
+            if rng.random() < share:
+                yield from [None] if document is None else sentences_of(document)
 
 
 def read_documents(path):
@@ -712,7 +550,7 @@ def read_tar(file):
     with tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
             tar.members.clear()  # where every header would be kept
-            if not member.isfile() or member.issparse():
+            if not member.isfile():
                 continue
             name = Path(member.name).name
             if name.endswith(".txt"):
@@ -720,20 +558,15 @@ def read_tar(file):
             # OpenWebText's own are called urlsf_subset00-1_data.xz.
             elif re.search(r"\.(tar|tgz|tar\.\w+)$|^[^.]+\.[gx]z$", name):
                 yield from read_tar(tar.extractfile(member))
-            else:
-                yield None
 
 
 def text_in(content, plain):
     """The text in a line or a document of a corpus; None where there is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        value = content.decode("utf-8-sig")
-        if not plain:
-            value = json.loads(value)
-            value = value.get("text") if isinstance(value, dict) else None
-        if isinstance(value, str) and value.strip() and "\0" not in value:
-            value.encode()  # JSON may spell half a character
-            return value
+    with contextlib.suppress(Exception):  # what is no UTF-8, no JSON, no object with a text
+        text = content.decode("utf-8-sig")
+        text = text if plain else json.loads(text)["text"]
+        text.encode()  # JSON may spell half a character
+        return text if text.strip() else None
 
 
 BLOCK = 2048  # texts of the corpus that are labelled, and kept in a file, together
@@ -741,9 +574,8 @@ BLOCK = 2048  # texts of the corpus that are labelled, and kept in a file, toget
 
 def pseudo_label(args):
     """Section 4.1: labels a corpus and balances what the labeller is sure of. Every block of the
-    corpus that is labelled is a file, so that the same command continues, with other processes
-    too; --confidence and --per-class can be changed without labelling again."""
-    rank, world = script.rank_and_world()
+    corpus that is labelled is a file, so that the same command continues; --confidence and
+    --per-class can be changed without labelling again."""
     out = Path(args.out)
     blocks = out / "blocks"
     task = Task.load(args.labeller)
@@ -751,20 +583,11 @@ def pseudo_label(args):
         message = f"--confidence takes 1 or {len(task.words)} values; a template, one field"
         raise InputError(f"{args.labeller}: {message}")
 
-    with script.only_writer(out) if rank == 0 else contextlib.nullcontext():
-        if rank == 0:
-            prepare_blocks(blocks, args)
-        wait_for_all(world)
-
-        complete = blocks / "complete.json"  # so that balancing again need not read the corpus
-        if complete.exists():
-            counts = read_json(complete)
-        else:
-            counts = label_corpus(blocks, task.fields[0], args)
-        wait_for_all(world)
-        if rank == 0:
-            write_json(complete, counts)
-            write_source(out, task, args, counts)
+    prepare_blocks(blocks, args)
+    complete = blocks / "complete.json"  # so that balancing again need not read the corpus
+    if not complete.exists():
+        write_json(complete, label_corpus(blocks, task.fields[0], args))
+    write_source(out, task, args, read_json(complete))
 
 
 def prepare_blocks(folder, args):
@@ -783,33 +606,24 @@ def prepare_blocks(folder, args):
         "block": BLOCK,
     }
     settings = folder / "settings.json"
-    begun = settings.exists() and any(folder.glob("*.jsonl.gz"))
-    if begun and not args.restart:
+    if settings.exists() and not args.restart:
         script.check_same(folder, read_json(settings), made_of)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(settings, made_of)
 
 
-def wait_for_all(world):
-    """Returns once every process has come to this line."""
-    if world == 1:
-        return
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    torch.distributed.barrier()
-
-
 def label_corpus(folder, field, args):
-    """Labels those blocks of the corpus that have no file yet; each process those of its number.
-    Returns how many texts were read, and not labelled for which reason."""
-    rank, world = script.rank_and_world()
+    """Labels those blocks of the corpus that have no file yet. Returns how many texts were read,
+    and not labelled for which reason. Raises InputError."""
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    model, tokenizer = load_classifier(args.labeller, args.device, dtype=dtype)
+    tokenize = in_batches(tokenizer, args.max_length)
     corpus = read_corpus(args.corpus, args.share)
-    labeller = None  # it is loaded once there is something to label
     counts = dict.fromkeys(("read", "not text", "too short", "too long"), 0)
     bar = tqdm(desc="pseudo-label", unit=" texts", disable=None)
     with script.stop_signal() as stop, bar:
-        for number in itertools.count():
+        for block in itertools.count():
             texts = list(itertools.islice(corpus, BLOCK))
             if not texts:
                 return counts
@@ -823,25 +637,16 @@ def label_corpus(folder, field, args):
                     counts[reason] += 1
             counts["read"] += len(texts)
 
-            path = folder / f"{number:06}.jsonl.gz"
-            if number % world == rank and not path.exists():
-                labeller = labeller or load_labeller(args)
+            path = folder / f"{block:06}.jsonl.gz"
+            if not path.exists():
                 rows = []
-                for text, label, confidence in zip(fitting, *labeller(fitting)) if fitting else ():
+                for text, label, confidence in classify(model, tokenize, fitting, args.batch_size):
                     rows.append({field: text, "label": label, "confidence": round(confidence, 4)})
                 write_lines(path, rows)
             bar.update(len(texts))
             if stop:
                 message = f"stopped after {counts['read']:,} texts and saved"
                 raise KeyboardInterrupt(f"{message}; {script.CONTINUES}")
-
-
-def load_labeller(args):
-    """texts -> labels and confidences, by the labeller in a folder. Raises InputError."""
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model, tokenizer = load_classifier(args.labeller, args.device, dtype=dtype)
-    tokenize = in_batches(model, tokenizer, args.max_length)
-    return lambda texts: classify(model, tokenize, texts, args.batch_size)
 
 
 def read_blocks(folder, task):
@@ -854,16 +659,16 @@ def write_source(out, task, args, counts):
     """Balances what was labelled, and writes examples.jsonl, task.json and funnel.json to `out`.
     Holds some 100 bytes for each text that was labelled. Raises InputError where a class is empty.
     """
-    labels, confidences, hashes = array.array("B"), array.array("d"), array.array("Q")
-    for example in read_blocks(out / "blocks", task):
-        labels.append(example["label"])
-        confidences.append(example["confidence"])
-        hashes.append(int(digest(text_of(example, task).lower().encode()), 16))
 
-    labels = np.array(labels, dtype=np.int64)
-    least = args.confidence if len(args.confidence) > 1 else args.confidence * len(task.words)
-    columns = (labels, np.array(confidences), np.array(hashes))
-    keep, sizes, funnel = balance(*columns, least, args.per_class, args.seed)
+    def columns(example):
+        text = text_of(example, task).lower().encode()
+        return example["label"], example["confidence"], int(digest(text), 16)
+
+    kinds = [("label", np.int64), ("confidence", float), ("hash", np.uint64)]
+    table = np.fromiter(map(columns, read_blocks(out / "blocks", task)), kinds)
+    labels, confidences, hashes = (table[name] for name, _ in kinds)
+    least = np.broadcast_to(args.confidence, len(task.words))
+    keep, sizes, funnel = balance(labels, confidences, hashes, least, args.per_class, args.seed)
     funnel = {**counts, **funnel}
     labelled = np.bincount(labels, minlength=len(task.words))
     for size, count, word in zip(sizes, labelled, task.words):
@@ -897,12 +702,12 @@ def add_convert(command):
     """The flags of `convert`."""
     add = command.add_argument
     add("dataset", choices=DATASETS, help="which of Appendix C's")
-    add("--input", required=True, help="its official file, or all files as a folder or an archive")
-    add("--out", required=True, metavar="FOLDER", help="the task folder to write")
-    for split in ("train", "validation", "test"):
-        add(f"--{split}", metavar="FILE", help="its file in --input, where that has another name")
-    share = "share of train to test on, if no test file is there"
+    add("--train", required=True, metavar="FILE", help="its official training file")
+    add("--validation", metavar="FILE", help="its official validation file, where it has one")
+    add("--test", metavar="FILE", help="its official test file, which finetune.py needs")
+    share = "share of train to test on, where no test file is given"
     add("--test-share", type=number(0.0, 0.9), default=0.0, help=share)
+    add("--out", required=True, metavar="FOLDER", help="the task folder to write")
 
 
 def add_labeller(command):
@@ -951,21 +756,20 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     add_convert(commands.add_parser("convert", help="a dataset's official files as a task folder"))
     add_labeller(commands.add_parser("labeller", help="fine-tunes a sequence classifier on a task"))
-    about = "Labels the sentences of a corpus, which English rules tell apart, and balances them."
-    command = commands.add_parser("pseudo-label", help="a corpus as source data", description=about)
-    add_pseudo_label(command)
+    about = "labels the sentences of an English corpus, as source data"
+    add_pseudo_label(commands.add_parser("pseudo-label", help=about, description=about))
     args = parser.parse(argv)
     if args.command == "convert":
-        names = {"train": args.train, "validation": args.validation, "test": args.test}
-        convert(args.dataset, args.input, args.out, args.test_share, **names)
+        files = {split: vars(args)[split] for split in SPLITS if vars(args)[split]}
+        convert(args.dataset, files, args.out, args.test_share)
         return
 
     script.set_machine(args)
-    if args.command == "labeller":
-        with script.only_writer(args.out):
+    with script.only_writer(args.out):
+        if args.command == "labeller":
             train_labeller(args)
-    else:
-        pseudo_label(args)
+        else:
+            pseudo_label(args)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import data
@@ -39,10 +40,9 @@ from script import number
 # What Appendix A sets for each method; flags override it. A.4's batches of 4, accumulated 8 times,
 # are batches of 32.
 SETTINGS = {
-    "pt": {"learning_rate": 3e-3, "batch_size": 32, "patience": 6},  # A.4
-    "ft": {"learning_rate": 3e-5, "batch_size": 4, "patience": 5},  # A.1
+    "pt": {"learning_rate": 3e-3, "batch_size": 32, "max_epochs": 200, "patience": 6},  # A.4
+    "ft": {"learning_rate": 3e-5, "batch_size": 4, "max_epochs": 200, "patience": 5},  # A.1
 }
-RATES = [3e-3, 3e-4, 8e-5, 3e-5, 3e-6]  # A.1's search; the paper prints its third as 8e5
 
 
 # -------------------------------------- Appendix A.4 and A.1, of tensors, lists and numbers alone
@@ -53,40 +53,31 @@ def tune(
     prompt,
     training,
     validation,
-    learning_rate=3e-3,
-    batch_size=32,
-    max_epochs=200,
-    patience=6,
+    learning_rate,
+    batch_size,
+    max_epochs,
+    patience,
     accumulate=1,
     seed=1,
 ):
     """Trains the prompt [n, d] (Appendix A.4), or where that is None the whole T5 (A.1), on
-    examples, and leaves what was trained as it was at the best validation. A batch is computed in
-    `accumulate` parts. Returns the prompt, [0, d] without one, and what came of the run. Raises
-    Diverged where a validation loss is not finite, and InputError where there are no examples."""
-    if not training or not validation:
-        raise InputError("give at least one example to train on, and one to validate on")
+    examples, and leaves what was trained as it was at the best validation: tune(model, prompt,
+    training, validation, **SETTINGS["pt"]). Returns the prompt, [0, d] without one, and what came
+    of the run. Raises Diverged where a validation loss is not finite."""
     full = prompt is None
     prompt = torch.nn.Parameter(model.no_prompt() if full else prompt.clone())
     parameters = list(model.t5.requires_grad_().parameters()) if full else [prompt]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    total = max_epochs * math.ceil(len(training) / batch_size)
+    schedule = LambdaLR(optimizer, lambda step: linear_schedule(step, total))
     batch = model.encode(training)
     held_out = list(model.batches(validation))
-    total = max_epochs * math.ceil(len(training) / batch_size)
     torch.manual_seed(seed)
 
-    log, step, began = [], 0, time.time()
-    while step < total and not out_of_patience(log, patience):
+    log = []
+    while len(log) < max_epochs and not out_of_patience(log, patience):
         model.t5.train(full)  # dropout, in full tuning only
-        for rows in torch.randperm(len(training)).split(batch_size):
-            optimizer.param_groups[0]["lr"] = learning_rate * linear_schedule(step, total)
-            for part in rows.chunk(accumulate):
-                loss = model.loss(prompt, select(batch, part))
-                (loss * len(part) / len(rows)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-
+        train_epoch(model, prompt, batch, batch_size, accumulate, optimizer, schedule)
         model.t5.eval()
         log.append(model.evaluate(prompt.detach(), held_out))
         if best_of(log) == len(log) - 1:
@@ -103,63 +94,34 @@ def tune(
         "best_epoch": best_of(log) + 1,
         "validation_accuracy": score["accuracy"],
         "validation_loss": score["loss"],
-        "seconds": round(time.time() - began, 2),
     }
 
 
-def search(model, training, validation, rates=RATES, **settings):
-    """Full tuning with every learning rate of A.1's search, each from the same weights. The best on
-    validation is left in the T5 to be tested; the test split plays no part in the choice. Returns
-    what came of the best run. Raises Diverged."""
-    weights = copy.deepcopy(model.t5.state_dict())
-    scores, outcomes = [], []
-    for rate in rates:
-        model.t5.load_state_dict(weights)
-        with contextlib.suppress(Diverged):  # a rate at which it diverges is no choice
-            _, outcome = tune(model, None, training, validation, learning_rate=rate, **settings)
-            accuracy, loss = outcome["validation_accuracy"], outcome["validation_loss"]
-            scores.append({"accuracy": accuracy, "loss": loss})
-            outcomes.append({**outcome, "learning_rate": rate})
-            if best_of(scores) == len(scores) - 1:
-                best = copy.deepcopy(model.t5.state_dict())
-
-    if not outcomes:
-        raise Diverged(f"it diverges at every learning rate of {rates}")
-
-    model.t5.load_state_dict(best)
-    accuracies = {one["learning_rate"]: one["validation_accuracy"] for one in outcomes}
-    return {**outcomes[best_of(scores)], "tried": {rate: accuracies.get(rate) for rate in rates}}
-
-
-def macro_f1(confusion):
-    """The mean F1 over the classes that occur, in truth or in prediction."""
-    confusion = np.array(confusion)
-    occurs = confusion.sum(0) + confusion.sum(1)
-    return float(np.mean((2 * confusion.diagonal())[occurs > 0] / occurs[occurs > 0]))
+def train_epoch(model, prompt, examples, batch_size, accumulate, optimizer, schedule):
+    """One pass over encoded examples, in random order; a batch is computed in `accumulate` parts."""
+    for rows in torch.randperm(len(examples["labels"])).split(batch_size):
+        for part in rows.chunk(accumulate):
+            loss = model.loss(prompt, select(examples, part))
+            (loss * len(part) / len(rows)).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
 
 
 # ------------------------------------------------------------- The runs: what to run, and one run
 
 
 @dataclass
-class Downstream:
-    """A task as it is read for its runs: the model around it; the few-shot examples by (shots,
-    seed); the test examples; what all of it is made of."""
-
-    model: PromptedT5
-    splits: dict
-    test: list
-    made_of: dict
-
-
-@dataclass
 class Run:
-    """A run to be made: the beginning of its line of results, its task, the prompt that it starts
-    at (None for full tuning) and its settings."""
+    """A run to be made: the beginning of its line of results, the T5 for its task, the prompt that
+    it starts at (None for full tuning), its examples, and what `tune` takes beside them."""
 
     row: dict
-    task: Downstream
+    model: PromptedT5
     start: torch.Tensor
+    training: list
+    validation: list
+    test: list
     settings: dict
 
 
@@ -167,21 +129,22 @@ def run_all(args):
     """Every run that the arguments name and args.out does not hold yet, then the table of them."""
     out = Path(args.out)
     results = read_results(out)
-    names = [load_task(folder).name for folder in args.task]
+    names = [Task.load(folder).name for folder in args.task]
     if len(set(names)) < len(names):
         raise InputError(f"--task: two tasks have one name, of {names}; change it in a task.json")
 
-    t5, tokenizer = load_t5(args.model, args.device, args.dtype)
-    contents = script.contents(args.model)
-    prompts = read_prompts(args, t5, contents)
-    tasks = [read_task(folder, t5, tokenizer, contents, args) for folder in args.task]
+    t5, contents, prompts = read_prompts(args)
+    runs = []
+    for folder in args.task:
+        runs += read_runs(args, folder, t5, contents, prompts)
 
     write_results(out, {})  # an error here comes before the work
-    rows, new, diverged = [], 0, []
-    runs = list_runs(args, tasks, prompts)
+    rows = []
+    diverged = []
+    new = 0
     for run in tqdm(runs, "runs", disable=None):
         identity = run.row["identity"]
-        if args.restart or identity not in results or is_unsaved(args, run):
+        if args.restart or identity not in results or not is_saved(args, run.row):
             try:
                 row = one_run(args, run)
             except Diverged as error:  # the others go on
@@ -194,221 +157,155 @@ def run_all(args):
         rows.append({**results[identity], "prompt": run.row["prompt"]})
 
     if rows:
-        print_table(
-            f"{out}: accuracy in points, mean ± sample standard deviation over the seeds",
-            score_table(rows),
-        )
-    saved = f"; the tuned prompts are in {args.save}" if args.save else ""
-    word = "run" if new == 1 else "runs"
-    print(f"wrote {out}: {new} new {word}, {len(rows) - new} stood there already{saved}")
+        heading = "accuracy in points, mean ± sample standard deviation over the seeds"
+        print_table(f"{out}: {heading}", score_table(rows))
+    print(f"wrote {out}: {new} of {len(rows)} results are new")
     if diverged:
         raise Diverged(f"{len(diverged)} of {len(runs)} runs have no result; {diverged[0]}")
 
 
-def read_prompts(args, t5, contents):
-    """{folder: (prompt, its facts)} of the learned prompts. Raises InputError where one cannot be
-    used: before a sweep rather than in it."""
-    if "pt" not in args.method:
-        return {}
-    if args.save and len({Path(prompt).name for prompt in args.prompt}) < len(args.prompt):
-        raise InputError("--save: two of the prompts have one name; rename a folder")
-
-    prompts = {}
-    for folder in args.prompt:
-        if folder != "random":
-            prompts[folder] = load_prompt(folder, t5.config.d_model)
-            notice_another_t5(folder, prompts[folder][1], args.model, contents)
-    return prompts
-
-
-def notice_another_t5(prompt, facts, model, contents):
-    """Says so where a prompt is used with another T5 than it was learned with."""
-    known = facts.get("made_of", {}).get("--model")
-    base = facts["base_model"]
-    if not known and base and Path(base).is_dir():
-        known = script.contents(base)
-    same = known == contents if known else base in (None, model)
-    if not same:
-        print(f"{prompt} was learned with {base}, not {model}", file=sys.stderr)
-
-
-def load_task(folder):
-    """The task in a folder. Raises InputError, which for a folder of tasks names one of them."""
-    inner = sorted(Path(folder).glob("*/test.jsonl"))
-    if inner and not (Path(folder) / "task.json").exists():
-        raise InputError(f"{folder}: a folder of tasks; give one of them, as {inner[0].parent}")
-    return Task.load(folder)
-
-
-def read_task(folder, t5, tokenizer, contents, args):
-    """A task: its few-shot splits of every number of shots and seed, and its test. Of the training
-    split only what is drawn is held in memory. Raises InputError."""
-    task = load_task(folder)
-    folder = Path(folder)
-    train, test = folder / "train.jsonl", folder / "test.jsonl"
-    if not test.exists():
-        hint = "move lines of train.jsonl there, as data.py convert does with --test-share"
-        raise InputError(f"{test}: no such file; {hint}")
-
-    tested = list(data.read_examples(test, task))
-    if not tested:
-        raise InputError(f"{test}: no examples to test on; give some")
-    if args.max_test and args.max_test < len(tested):  # always the same
-        order = np.random.default_rng(0).permutation(len(tested))
-        tested = [tested[i] for i in order[: args.max_test]]
-    print_test(task, tested)
-
-    texts = {data.text_of(example, task) for example in tested}
-    labels, repeated = [], 0
-    for example in data.read_examples(train, task):
-        labels.append(example["label"])
-        repeated += data.text_of(example, task) in texts
-    if repeated:
-        print(f"{train}: {repeated:,} of its texts are test texts too", file=sys.stderr)
-
-    tested.sort(key=lambda example: len(data.text_of(example, task)))
-    made_of = {
-        "task.json": digest([task.template, task.words]),
-        "train.jsonl": digest(train),
-        "test.jsonl": digest(test),
-        "--model": contents,
-    }
-    model = PromptedT5(t5, tokenizer, task, args.max_length)
-    return Downstream(model, read_draws(train, task, labels, args), tested, made_of)
-
-
-def read_draws(train, task, labels, args):
-    """{(shots, seed): (training examples, validation examples)} of Section 5.1's draws. Raises
+def read_prompts(args):
+    """The T5 and its tokenizer, the T5's contents, and {folder: (prompt, its facts)} of the learned
+    prompts. Where flags do not, these decide about the T5 and a random prompt's length. Raises
     InputError."""
-    draws, wanted = {}, set()
+    names = args.prompt if "pt" in args.method else []
+    prompts = {name: load_prompt(name) for name in names if name != "random"}
+    lengths = [len(prompt) for prompt, _ in prompts.values()]
+    args.prompt_length = args.prompt_length or max(lengths, default=100)
+    for _, facts in prompts.values():  # a prompt belongs to the T5 that it was learned with
+        args.model = args.model or facts["base_model"]
+    args.model = args.model or script.MODEL
+    if Path(args.model).is_dir():  # under one name, wherever it is named from
+        args.model = str(Path(args.model).resolve())
+
+    t5, tokenizer = load_t5(args.model, args.device, args.dtype)
+    contents = script.contents(args.model)
+    for name, (prompt, facts) in prompts.items():
+        width = t5.config.d_model
+        if prompt.shape[1] != width:
+            raise InputError(f"{name}: of width {prompt.shape[1]}; {args.model} needs {width}")
+        base = facts["base_model"]
+        learned_with = facts.get("made_of", {}).get("--model", base)  # PEFT notes a name alone
+        if learned_with not in (None, contents, args.model):
+            print(f"{name} was learned with {base}, not {args.model}", file=sys.stderr)
+        prompts[name] = prompt.to(args.device), facts
+    return (t5, tokenizer), contents, prompts
+
+
+def read_runs(args, folder, t5, contents, prompts):
+    """The runs on a task: of every method, start, number of shots and seed. A run that no draw
+    enters, as without shots from a learned prompt, is one whatever the seeds. Raises InputError."""
+    task = Task.load(folder)
+    model = PromptedT5(*t5, task, args.max_length)
+    train = Path(folder) / "train.jsonl"
+    test = Path(folder) / "test.jsonl"
+    examples = list(data.read_examples(train, task))
+    tested = read_test(test, task, args.max_test, examples)
+    files = {"train.jsonl": digest(train), "test.jsonl": digest(test), "--model": contents}
+    files["task.json"] = digest([task.template, task.words])
+
+    splits = {}
+    labels = [example["label"] for example in examples]
     for shots, seed in itertools.product(args.shots, args.seeds):
         with input_errors(train, ""):
-            draw = data.few_shot(labels, shots, seed, args.validation_shots, args.balanced)
-        draws[shots, seed] = draw
-        wanted.update(*draw)
-
-    lines = enumerate(data.read_examples(train, task))
-    examples = {row: example for row, example in lines if row in wanted}
-    splits = {}
-    for key, (training, validation) in draws.items():
-        splits[key] = [examples[row] for row in training], [examples[row] for row in validation]
-    return splits
-
-
-def print_test(task, test):
-    """Prints how the test split is made up, which accuracy alone hides."""
-    counts = Counter(example["label"] for example in test)
-    shares = [f"{counts[label]:,} {word}" for label, word in enumerate(task.words)]
-    largest = max(counts.values()) / len(test)
-    print(
-        f"{task.name}: {len(test):,} test examples, {', '.join(shares)}; the most frequent class "
-        f"alone gives {largest:.1%}",
-        flush=True,
-    )
-
-
-def list_runs(args, tasks, prompts):
-    """The runs that the arguments name: of every method, task, prompt, number of shots and seed. A
-    run that no draw enters, as without shots from a learned prompt, is one whatever the seeds."""
-    lengths = {len(prompt) for prompt, _ in prompts.values()}
-    if "random" in args.prompt and not args.prompt_length and len(lengths) > 1:
-        raise InputError(f"prompts of {sorted(lengths)} vectors: give the random --prompt-length")
-    prompt_length = args.prompt_length or max(lengths, default=100)
+            training, validation = data.few_shot(
+                labels, shots, seed, args.validation_shots, args.balanced
+            )
+        splits[shots, seed] = [examples[i] for i in training], [examples[i] for i in validation]
 
     runs = []
     for method in args.method:
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        settings = {**SETTINGS[method], **given, "prompt_length": prompt_length}
-        starts = ["none"] if method == "ft" else args.prompt
-        for task, name, shots, seed in itertools.product(tasks, starts, args.shots, args.seeds):
-            start, facts = None, {"method": "ft"}
-            if name == "random":
-                start, facts = task.model.init_prompt(prompt_length, seed), {"method": "random"}
-            elif method == "pt":
-                start, facts = prompts[name][0].to(task.model.device), prompts[name][1]
-            if shots == 0 and name != "random":
-                if seed != args.seeds[0]:
-                    continue
-                seed = None
-            row = begin_row(method, task, name, start, facts, shots, seed, settings)
-            runs.append(Run(row, task, start, settings))
+        names = args.prompt if method == "pt" else ["none"]
+        for name, (shots, seed) in itertools.product(names, splits):
+            if method == "ft":
+                start, facts = None, {"method": "ft"}
+            elif name == "random":
+                start, facts = model.init_prompt(args.prompt_length, seed), {"method": "random"}
+            else:
+                start, facts = prompts[name]
+
+            no_draw = shots == 0 and name != "random"
+            if no_draw and seed != args.seeds[0]:
+                continue
+            about = {"task": task.name, "tuning": method, "prompt": name}
+            about |= {"shots": shots, "seed": None if no_draw else seed}
+            row = begin_row(args, about, start, facts, files)
+            settings = {flag: row["settings"][flag] for flag in SETTINGS[method]}
+            settings |= {"accumulate": args.accumulate, "seed": seed}
+            runs.append(Run(row, model, start, *splits[shots, seed], tested, settings))
     return runs
+
+
+def read_test(path, task, max_test, training):
+    """The examples to test on, the shortest first; says what accuracy alone hides of them. Raises
+    InputError."""
+    examples = list(data.read_examples(path, task))
+    if not examples:
+        raise InputError(f"{path}: no examples to test on; give some")
+    if max_test and max_test < len(examples):  # always the same
+        order = np.random.default_rng(0).permutation(len(examples))
+        examples = [examples[i] for i in order[:max_test]]
+
+    counts = Counter(task.words[example["label"]] for example in examples)
+    shares = ", ".join(f"{count:,} {word}" for word, count in counts.most_common())
+    print(f"{task.name}: {len(examples):,} test examples, {shares}", flush=True)
+    texts = {data.text_of(example, task) for example in examples}
+    repeated = sum(data.text_of(example, task) in texts for example in training)
+    if repeated:
+        print(f"{path}: {repeated:,} texts of train.jsonl are in it too", file=sys.stderr)
+    return sorted(examples, key=lambda example: len(data.text_of(example, task)))
 
 
 # What two results must share to be compared; beyond the first line A.1 and A.4 differ.
 SHARED = ("max_length", "max_epochs", "validation_shots", "balanced", "max_test", "dtype", "matmul")
-OWN = {"pt": tuple(SETTINGS["pt"]), "ft": (*SETTINGS["ft"], "accumulate")}
+OWN = {"pt": ("learning_rate", "batch_size", "patience")}
+OWN["ft"] = (*OWN["pt"], "accumulate")
 # What a prompt brings along for Table 2 and Figure 3, and which trainings are of one recipe.
 SOURCE_FACTS = ("clustering", "clusters", "source_size", "source_task", "is_start")
 SOURCE_FACTS += ("recipe", "prompt_seed")
 
 
-def begin_row(method, task, name, start, facts, shots, seed, settings):
+def begin_row(args, about, start, facts, files):
     """The beginning of a line of results: what the run is about, and its identity, the digest of
     all that decides its digits."""
-    kept = {flag: settings.get(flag) for flag in (*SHARED, *OWN[method])}
+    tuning = about["tuning"]
+    settings = {}
+    for flag in (*SHARED, *OWN[tuning]):
+        value = getattr(args, flag)
+        settings[flag] = SETTINGS[tuning].get(flag) if value is None else value
     if start is not None:
-        kept["prompt_length"] = len(start)
-    if method == "ft" and settings["search"]:
-        kept["learning_rate"] = RATES
+        settings["prompt_length"] = len(start)
 
-    row = {
-        "task": task.model.task.name,
-        "tuning": method,
-        "method": facts.get("method", "PEFT"),
-        "prompt": name,
-        "shots": shots,
-        "seed": seed,
-        "model": settings["model"],
-        "settings": kept,
-        **{fact: facts[fact] for fact in SOURCE_FACTS if fact in facts},
-    }
-    row["made_of"] = {
-        **task.made_of,
-        "method": row["method"],
-        "start": facts.get("weights"),
-        "shots": shots,
-        "seed": seed,
-        **kept,
-    }
-    return {**row, "identity": digest(row["made_of"])}
+    method = facts.get("method", "PEFT")
+    made_of = {**files, "method": method, "start": facts.get("weights"), **settings}
+    made_of |= {"shots": about["shots"], "seed": about["seed"]}
+    row = {**about, "method": method, "model": args.model, "settings": settings}
+    row |= {fact: facts[fact] for fact in SOURCE_FACTS if fact in facts}
+    return {**row, "made_of": made_of, "identity": digest(made_of)}
 
 
 def one_run(args, run):
-    """One run, as its line of results. After full tuning the T5 has its own weights again. Raises
-    Diverged."""
-    model, start, row = run.task.model, run.start, run.row
-    seed = args.seeds[0] if row["seed"] is None else row["seed"]
-    training, validation = run.task.splits[row["shots"], seed]
-    names = ("batch_size", "max_epochs", "patience", "accumulate")
-    settings = {name: run.settings[name] for name in names} | {"seed": seed}
-    weights = copy.deepcopy(model.t5.state_dict()) if start is None else None
-    try:
-        if not training:  # 0 shots test the start, or with --method ft the T5, as it is
-            tuned = model.no_prompt() if start is None else start
-            outcome = {"epochs": 0, "seconds": 0.0}
-        elif start is None and args.search:
-            tuned, outcome = model.no_prompt(), search(model, training, validation, **settings)
-        else:
-            rate = run.settings["learning_rate"]
-            tuned, outcome = tune(model, start, training, validation, rate, **settings)
+    """One run, as its line of results. Raises Diverged."""
+    # Full tuning is of a copy: the T5 keeps its weights for the other runs.
+    model = copy.deepcopy(run.model) if run.start is None else run.model
+    began = time.time()
+    if run.training:
+        tuned, outcome = tune(model, run.start, run.training, run.validation, **run.settings)
+    else:  # 0 shots test the start, or with --method ft the T5, as it is
+        tuned = model.no_prompt() if run.start is None else run.start
+        outcome = {"epochs": 0}
+    outcome["seconds"] = round(time.time() - began, 2)
 
-        total = math.ceil(len(run.task.test) / 64)
-        batches = model.batches(run.task.test, 64)
-        score = model.evaluate(tuned, tqdm(batches, "testing", total, leave=False, disable=None))
-    finally:
-        if weights:
-            model.t5.load_state_dict(weights)
-            model.t5.requires_grad_(False).eval()
-
-    score["macro_f1"] = macro_f1(score["confusion"])
-    row = {**row, "words": model.task.words, **score, **outcome, **script.provenance(args.device)}
-    if args.save and start is not None:
+    total = math.ceil(len(run.test) / 64)
+    batches = tqdm(model.batches(run.test, 64), "testing", total, leave=False, disable=None)
+    score = model.evaluate(tuned, batches)
+    row = {**run.row, "words": model.task.words, **score, **outcome}
+    row |= script.provenance(args.device)
+    if args.save and run.start is not None:
         save_tuned(args, model, tuned, row)
     tqdm.write(
-        f"{title(row)}: {row['accuracy']:.1%}, macro-F1 {100 * row['macro_f1']:.1f}, "
-        f"{row['in_words']:.0%} answer with a task word; {row['epochs']} epochs, "
-        f"{row['seconds']:.1f} s"
+        f"{title(row)}: {row['accuracy']:.1%}, {row['in_words']:.0%} answer with a task word; "
+        f"{row['epochs']} epochs, {row['seconds']:.1f} s"
     )
     return row
 
@@ -437,13 +334,13 @@ def saved_folder(args, row):
     return Path(args.save) / "-".join(map(str, name))
 
 
-def is_unsaved(args, run):
-    """Whether --save wants a tuned prompt whose folder does not hold this run's."""
-    if not args.save or run.start is None:
-        return False
+def is_saved(args, row):
+    """Whether --save holds this run's tuned prompt, or wants none."""
+    if not args.save or row["tuning"] == "ft":
+        return True
     with contextlib.suppress(InputError):
-        return load_prompt(saved_folder(args, run.row))[1].get("identity") != run.row["identity"]
-    return True
+        return load_prompt(saved_folder(args, row))[1].get("identity") == row["identity"]
+    return False
 
 
 # ------------------------------------------------------------------ Results: their file, the table
@@ -465,16 +362,16 @@ LEGEND = (
 def read_results(file):
     """{identity: line} of a results file; empty where there is no file. Raises InputError, also for
     a line of an earlier version, which has no identity."""
-    results, number = {}, 0
     if not file.exists():
         return {}
 
+    results = {}
     hint = "not a line of these results: remove it, or name another file"
-    with input_errors(lambda: f"{file}:{number}", hint):
-        for number, line in data.numbered_lines(file):
+    for line_number, line in data.numbered_lines(file):
+        with input_errors(f"{file}:{line_number}", hint):
             row = json.loads(line)
-            if not 0 <= row["accuracy"] <= 1 or not isinstance(row["settings"], dict):
-                raise ValueError("the accuracy is no share, or the settings are none")
+            if not 0 <= row["accuracy"] <= 1:
+                raise ValueError("the accuracy is no share")
             results[row["identity"]] = row
     return results
 
@@ -544,61 +441,42 @@ def print_table(heading, rows):
 # ------------------------------------------------------------------------------ Labels for new text
 
 
-def label(model, prompt, texts, size=64):
-    """Yields for each text (a dict) the label that is predicted and every word's probability.
-    Raises Diverged."""
-    for start in range(0, len(texts), size):
-        unlabelled = [{**text, "label": 0} for text in texts[start : start + size]]  # not its own
-        for p in model.probabilities(prompt, model.encode(unlabelled)).tolist():
-            yield int(np.argmax(p)), {w: round(q, 4) for w, q in zip(model.task.words, p)}
-
-
 def predict(args):
-    """Labels the texts of a file with a tuned prompt: a JSON line for each line of it, of a blank
-    one null. Where texts have a label of their own, the last line says how well the two agree.
-    Raises InputError."""
+    """Labels the texts of a file with a tuned prompt: a JSON line for each, and where texts have
+    labels of their own the accuracy. Raises InputError."""
+    t5, _, prompts = read_prompts(args)
     folder = args.prompt[0]
-    facts = load_prompt(folder)[1]
-    if not args.task and "template" not in facts:
+    prompt, facts = prompts[folder]
+    if args.task:
+        task = Task.load(args.task[0])
+    elif "template" in facts:
+        task = Task(facts["task"], facts["template"], facts["words"])
+    else:
         raise InputError(f"{folder}: it does not say its task; name a --task")
-    task = load_task(args.task[0]) if args.task else None
-    task = task or Task(facts["task"], facts["template"], facts["words"])
+
     flags = facts.get("settings") or facts.get("arguments") or {}
     max_length = args.max_length or flags.get("max_length", script.MAX_LENGTH)
-    name = args.model or facts["base_model"] or script.MODEL
-    notice_another_t5(folder, facts, name, script.contents(name))
-    model = PromptedT5(*load_t5(name, args.device, args.dtype), task, max_length)
-    prompt = load_prompt(folder, model.t5.config.d_model)[0].to(model.device)
+    model = PromptedT5(*t5, task, max_length)
+    rows = list(data.read_examples(args.predict, task, labelled=False))
+    probabilities = []
+    total = math.ceil(len(rows) / 64)
+    for batch in tqdm(model.batches(rows, 64), "labelling", total, disable=None):
+        probabilities += model.probabilities(prompt, batch).tolist()
 
-    lines = list(data.read_examples(args.predict, task, labelled=False, blanks=True))
-    labels = []
-    for number, line in enumerate(lines, 1):
-        with input_errors(f"{args.predict}:{number}", "correct that, or leave it out"):
-            labels.append(data.label_of(line, task) if line and "label" in line else None)
-    confusion = np.zeros((len(task.words), len(task.words)), dtype=int)
-
-    def rows():
-        predictions = label(model, prompt, [line for line in lines if line])
-        for line, own in zip(tqdm(lines, "labelling", disable=None), labels):
-            if line:
-                predicted, probabilities = next(predictions)
-                prediction = {"label": predicted, "word": task.words[predicted]}
-                line = {**line, "prediction": {**prediction, "probabilities": probabilities}}
-                if own is not None:
-                    confusion[own, predicted] += 1
-            yield line
+    for row, p in zip(rows, probabilities):
+        label = int(np.argmax(p))
+        row["prediction"] = {"label": label, "word": task.words[label]}
+        row["prediction"]["probabilities"] = {w: round(q, 4) for w, q in zip(task.words, p)}
 
     if args.out:
-        data.write_lines(args.out, rows())  # which opens a file there before it asks for a row
-        print(f"wrote {args.out}: {len(lines):,} lines, {lines.count(None):,} of them blank")
+        data.write_lines(args.out, rows)
+        print(f"wrote {args.out}")
     else:
-        for row in rows():
+        for row in rows:
             print(json.dumps(row, ensure_ascii=False))
-    if confusion.any():
-        accuracy = confusion.trace() / confusion.sum()
-        agreement = f"accuracy {accuracy:.1%}, macro-F1 {100 * macro_f1(confusion):.1f}"
-        out = sys.stdout if args.out else sys.stderr
-        print(f"{agreement}, of {confusion.sum():,} labelled texts", file=out)
+    hits = [row["label"] == row["prediction"]["label"] for row in rows if "label" in row]
+    if hits:
+        print(f"accuracy {np.mean(hits):.1%}, of {len(hits):,} labelled texts", file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------- The command line
@@ -634,14 +512,14 @@ def make_parser():
     add("--balanced", action="store_true", help="draws equally many of every class")
     add("--max-test", type=number(1), help="test examples, drawn once (default: all)")
     add("--learning-rate", type=number(1e-12), help=f"AdamW's {default('learning_rate')}")
-    add("--search", action="store_true", help=f"full tuning tries {RATES} and keeps the best")
     add("--batch-size", type=number(1), help=f"examples of a step {default('batch_size')}")
-    vectors = "vectors of a random prompt (default: as the prompts named beside it, else 100)"
+    vectors = "vectors of a random prompt (default: as the longest named beside it, else 100)"
     add("--prompt-length", type=number(1), help=vectors)
     add("--max-length", type=number(1), help=f"tokens of a text (default: {script.MAX_LENGTH})")
 
     add = parser.add_argument_group("how long").add_argument
-    add("--max-epochs", type=number(1), default=200, help="epochs at most, a validation each")
+    epochs = f"epochs at most, a validation each (default: {SETTINGS['pt']['max_epochs']})"
+    add("--max-epochs", type=number(1), help=epochs)
     patience = f"epochs without a better one, then it ends {default('patience')}"
     add("--patience", type=number(1), help=patience)
 
@@ -656,35 +534,26 @@ def main(argv=None):
     """Reads the flags; then the runs, or predictions."""
     parser = make_parser()
     args = parser.parse(argv)
-    if args.predict and (len(args.prompt) > 1 or args.prompt == ["random"]):
-        parser.error("--predict needs one --prompt FOLDER, a prompt that --save kept")
-    if args.predict and len(args.task or []) > 1:
-        parser.error("--predict takes one --task")
+    for name in ("task", "prompt", "shots", "seeds", "method"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))  # each once
+    several = len(args.prompt) > 1 or len(args.task) > 1
+    if args.predict and (several or args.prompt == ["random"] or args.method != ["pt"]):
+        parser.error("--predict needs one --prompt FOLDER, which --save kept, or with one --task")
     if not args.predict and not args.task:
         parser.error("--task FOLDER is needed")
-    if args.search and "ft" not in args.method:
-        parser.error("--search is full tuning's; add --method ft")
     if args.save and "pt" not in args.method:
         parser.error("--save keeps tuned prompts, and full tuning has none; add --method pt")
+    if args.save and len({Path(prompt).name for prompt in args.prompt}) < len(args.prompt):
+        parser.error("--save: two of the prompts have one name; rename a folder")
     if "ft" in args.method and args.dtype == "bfloat16":
-        parser.error(
-            "--dtype bfloat16 is for a frozen T5: full tuning's small steps are lost in it"
-        )
+        parser.error("--dtype bfloat16 is for a frozen T5: full tuning's steps are lost in it")
 
     script.set_machine(args)
     if args.predict:
         return predict(args)
 
-    for name in ("task", "prompt", "shots", "seeds", "method"):
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # each once
     args.out = args.out or "results.jsonl"
     args.max_length = args.max_length or script.MAX_LENGTH
-    for start in args.prompt:  # a prompt belongs to the T5 that it was learned with
-        if "pt" in args.method and start != "random":
-            args.model = args.model or load_prompt(start)[1]["base_model"]
-    args.model = args.model or script.MODEL
-    if Path(args.model).is_dir():  # under one name, wherever it is named from
-        args.model = str(Path(args.model).resolve())
     run_all(args)
 
 

@@ -169,15 +169,11 @@ class PromptedT5(torch.nn.Module):
     def _ids_of_words(self):
         """The token id of each of the task's words. Raises InputError."""
         pieces = self.tokenizer(self.task.words, add_special_tokens=False).input_ids
-        problems = []
         for word, ids in zip(self.task.words, pieces):
             if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
                 names = self.tokenizer.convert_ids_to_tokens(ids)
-                problems.append(f"{word!r} is not one piece of the tokenizer, but {names}")
-            elif pieces.count(ids) > 1:
-                problems.append(f"{word!r} is the same piece as another word")
-        if problems:
-            raise InputError(f"task {self.task.name}: {'; '.join(problems)}; choose other words")
+                problem = f"{word!r} is not one piece of the tokenizer, but {names}"
+                raise InputError(f"task {self.task.name}: {problem}; choose another word")
         return [ids[0] for ids in pieces]
 
     @property
@@ -643,16 +639,15 @@ def digest(value):
 
 @contextmanager
 def input_errors(source, hint):
-    """Turns whatever a broken `source` (a file, say, or a function that names it at the time) makes
-    its reader raise into an InputError of one line that names it and ends in the hint."""
-    name = source if callable(source) else lambda: source
+    """Turns whatever a broken `source`, a file, say, makes its reader raise into an InputError of
+    one line that names it and ends in the hint."""
     try:
         yield
     except InputError as error:
-        prefix = "" if str(name()) in str(error) else f"{name()}: "
+        prefix = "" if str(source) in str(error) else f"{source}: "
         raise type(error)(f"{prefix}{error}") from error
     except Exception as error:  # the libraries that read it raise all kinds
-        raise InputError(f"{name()}: {first_line(error)}; {hint}") from error
+        raise InputError(f"{source}: {first_line(error)}; {hint}") from error
 
 
 def first_line(error):

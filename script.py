@@ -80,6 +80,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(argv)
 
     def error(self, message):
+        """Ends in one line."""
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
@@ -99,10 +100,10 @@ def number(least, most=math.inf):
     """What a flag takes: a number from `least` to `most`, a whole one where `least` is."""
 
     def parse(text):
+        """The number, or argparse's error that says what fits."""
         with contextlib.suppress(ValueError):
             value = type(least)(text)
-            fits = type(least) is float or value < 2**63  # as large as PyTorch and NumPy take
-            if least <= value <= most and value < math.inf and fits:
+            if least <= value <= most:
                 return value
         kind = "a whole number" if type(least) is int else "a number"
         limit = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
@@ -249,13 +250,13 @@ def stop_signal():
     stop = []
     before = {}
     if threading.current_thread() is threading.main_thread():  # and not in a notebook or a server
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before[number] = signal.signal(number, lambda number, frame: stop.append(number))
+        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before[kind] = signal.signal(kind, lambda kind, frame: stop.append(kind))
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
     if stop:  # it came too late for any step, but not for what would follow
         signal.raise_signal(stop[-1])

@@ -32,9 +32,7 @@ import signal
 import sys
 import tarfile
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from inspect import signature
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -167,11 +165,6 @@ def run(script, *positional, **flags):
     script.main(words_of(*positional, **flags))
 
 
-def command(script, *positional, **flags):
-    """The same as a command line, for another process."""
-    return [sys.executable, script.__file__, *words_of(*positional, **flags)]
-
-
 def words_of(*positional, **flags):
     """The words of a command line."""
     return [*map(str, positional), *script.flags_of(flags)]
@@ -182,32 +175,21 @@ def read_lines(path):
 
 
 def put(path, content):
-    """Writes a file of this text or of these bytes."""
+    """Writes a file of this text or of these bytes, packed where it ends in .gz or .xz."""
+    compress = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    path.write_bytes(compress(content.encode() if isinstance(content, str) else content))
     return path
 
 
-def pack(path, files):
-    """Writes {name: text or bytes} as a .zip, .tar or .tgz, or the first of them as a plain, .gz
-    or .xz file."""
-    contents = {}
-    for name, content in files.items():
-        contents[name] = content.encode() if isinstance(content, str) else content
-
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in contents.items():
-                archive.writestr(name, content)
-    elif path.suffix in (".tar", ".tgz"):
-        with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
-            for name, content in contents.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    else:
-        compress = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
-        path.write_bytes(compress(next(iter(contents.values()))))
+def put_tar(path, files):
+    """Writes {name: text or bytes} as a tar."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return path
 
 
@@ -224,13 +206,6 @@ def tune(world, out, kind="pt", **flags):
     short = {"max_epochs": 2, "max_test": 50, "shots": 8, "prompt_length": 3}
     run(finetune, config=world / f"{kind}.json", out=out, **{**short, **flags})
     return read_lines(out)
-
-
-def torchrun(rank, world):
-    """The environment that torchrun gives to a process."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": 1}
-    names |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "1"}
-    return {name: str(value) for name, value in names.items()}
 
 
 def ctrl_c():
@@ -308,7 +283,7 @@ def test_the_t5_is_frozen_and_every_weight_stays_as_it_was(tokenizer):
     examples = make_examples(8)
     support = model.encode(examples)
     meta_gradient(model, prompt, [support], [support], 0.1)
-    tuned, _ = finetune.tune(model, prompt, examples, examples, 0.1, max_epochs=2)
+    tuned, _ = finetune.tune(model, prompt, examples, examples, 0.1, 4, max_epochs=2, patience=6)
     model.loss(tuned.requires_grad_(), support).backward()
     assert not torch.equal(prompt, tuned) and tuned.grad.any()
     assert all(torch.equal(value, before[name]) for name, value in model.t5.state_dict().items())
@@ -506,32 +481,17 @@ def test_meta_gradient_against_finite_differences(meta):
 
 @pytest.mark.parametrize("definition", [textbook_meta_gradient, functional])
 @pytest.mark.parametrize("tasks_per_pass, attention", [(1, "sdpa"), (2, "eager"), (4, "sdpa")])
-def test_meta_gradient_against_its_definitions(meta, definition, tasks_per_pass, attention):
+@pytest.mark.parametrize("chunk_size", [1, 2**19])  # one example in a forward pass, and all
+def test_meta_gradient_against_its_definitions(
+    meta, definition, tasks_per_pass, attention, chunk_size, monkeypatch
+):
     model, *rest = meta
     expected, expected_loss = definition(plain(model), *rest)
     model.t5.set_attn_implementation(attention)
+    monkeypatch.setattr(metapt, "CHUNK_SIZE", {"cpu": chunk_size})
     gradient, loss = meta_gradient(model, *rest, tasks_per_pass=tasks_per_pass)
     assert relative_error(gradient, expected) < 1e-10
     torch.testing.assert_close(loss, expected_loss)
-
-
-@pytest.mark.parametrize("size", [1, 1000])
-def test_meta_gradient_in_passes_of_one_length(meta, monkeypatch, size):
-    model, *rest = meta
-    expected, _ = textbook_meta_gradient(plain(model), *rest)
-    monkeypatch.setattr(metapt, "CHUNK_SIZE", {"cpu": size})
-    loss = model.loss
-    lengths = []
-
-    def recorded(P, batch, **arguments):
-        lengths.append(batch["input_ids"].shape[1])
-        return loss(P, batch, **arguments)
-
-    monkeypatch.setattr(model, "loss", recorded)
-    gradient, _ = meta_gradient(model, *rest)
-    assert relative_error(gradient, expected) < 1e-10
-    if size == 1:  # nine support examples, then seven queries, each in a pass of its own
-        assert lengths == sorted(lengths[:9]) + sorted(lengths[9:]) and len(lengths) == 16
 
 
 def test_first_order_drops_the_hessian_and_nothing_else(meta):
@@ -628,46 +588,32 @@ def test_peft_reads_our_prompt_with_the_same_logits_and_we_its(tmp_path, tokeniz
     assert torch.equal(load_prompt(tmp_path / "theirs", width=16)[0], prompt)
 
 
-def test_a_file_is_written_whole_or_not_at_all_for_all_to_read_and_through_a_link(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all_and_through_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     link = tmp_path / "file.json"
     link.symlink_to(tmp_path / "disk" / "shared.json")
-    before = os.umask(0o022)
-    try:
-        metapt.write_json(link, {"a": 1})
-    finally:
-        os.umask(before)
+    metapt.write_json(link, {"a": 1})
 
     def fail(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(
-        InputError, match="file.json: cannot be written: No space left on device; mend"
-    ):
+    with pytest.raises(InputError, match="file.json: cannot be written: No space left on device"):
         metapt.write_atomically(link, fail)
     (file,) = (tmp_path / "disk").iterdir()
     assert link.is_symlink() and metapt.read_json(file) == {"a": 1}
-    assert file.stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "model.safetensors", "1/more.bin"]
-)
-def test_a_models_contents_are_the_bytes_of_its_files(tmp_path, tokenizer, name):
-    folder = tmp_path / "t5"
-    make_t5(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    put(folder / "1/more.bin", b"1")
-    before = script.contents(folder)
-    for ours in ("log.jsonl", "arguments.json", ".cache"):
-        put(folder / ours, b"a note beside it")
-    assert script.contents(shutil.copytree(folder, tmp_path / "copy")) == before
-    times = (folder / name).stat()
-    content = (folder / name).read_bytes()
-    put(folder / name, content[:-1] + bytes([content[-1] ^ 1]))
-    os.utime(folder / name, ns=(times.st_atime_ns, times.st_mtime_ns))  # as an archive would
-    assert script.contents(folder) != before
+def test_a_models_contents_are_its_files_without_our_notes(tmp_path):
+    weights = put(tmp_path / "t5" / "1" / "more.bin", b"1")
+    before = script.contents(tmp_path / "t5")
+    for note in ("log.jsonl", "arguments.json", ".cache"):
+        put(tmp_path / "t5" / note, b"a note beside it")
+    assert script.contents(tmp_path / "t5") == before
+    times = weights.stat()
+    put(weights, b"2")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # as an archive would
+    assert script.contents(tmp_path / "t5") != before
 
 
 # ------------------------------------------------------- data.py: the few-shot split, and examples
@@ -687,18 +633,16 @@ def test_few_shot_splits_are_disjoint_of_their_seed_and_may_be_balanced():
         data.few_shot(labels, 30, 1, validation_shots=15, balanced=True)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.jl.gz", "a.jsonlines.xz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.xz"])
 def test_json_lines_are_taken_by_their_usual_names(tmp_path, name):
     lines = '{"text": "schön", "label": 2, "more": 1}\n\n{"text": "b", "label": "great"}\n'
-    path = pack(tmp_path / name, {"": "\ufeff" + lines.replace("\n", "\r\n")})
+    path = put(tmp_path / name, "\ufeff" + lines.replace("\n", "\r\n"))
     first, second = data.read_examples(path, SENTIMENT)
     assert first == {"text": "schön", "label": 2, "more": 1}
     assert second == {"text": "b", "label": 4}  # of a word its index
-    for suffix in (".csv", ".arrow", ".parquet", ""):
-        other = shutil.copy(path, tmp_path / f"a{suffix}")
-        for reader in (data.read_examples, lambda path, task: data.read_corpus([path])):
-            with pytest.raises(InputError, match="neither JSON lines .* nor a text on each line"):
-                list(reader(other, SENTIMENT))
+    for read in (lambda path: data.read_examples(path, SENTIMENT), data.read_documents):
+        with pytest.raises(InputError, match="neither a text on each line .* nor JSON lines"):
+            next(read(shutil.copy(path, tmp_path / "a.csv")))
 
 
 # ---------------------------------------------------------- data.py: readers of the official files
@@ -713,26 +657,10 @@ def test_read_sst(tmp_path):
     assert list(data.read_sst(path, 2)) == list(zip(texts, [1, "neutral", 0]))
 
 
-def converted(name, source, out, **flags):
+def converted(name, out, **flags):
     """Runs data.py convert; returns the lines of each split that it wrote."""
-    run(data, "convert", name, input=source, out=out, **flags)
+    run(data, "convert", name, out=out, **flags)
     return {path.stem: read_lines(path) for path in out.glob("*.jsonl")}
-
-
-def test_convert_sst2_of_glue_whose_dev_is_the_test(tmp_path):
-    files = {
-        "SST-2/train.tsv": 'sentence\tlabel\na "quote\t1\nfine \t0\n',
-        "SST-2/dev.tsv": "sentence\tlabel\nx\t1\n",
-        "SST-2/test.tsv": "index\tsentence\n0\ty\n",
-        "SST-2/._train.tsv": "what macOS adds",
-    }
-    path = pack(tmp_path / "SST-2.zip", files)
-    assert converted("sst2", path, tmp_path / "task") == {
-        "train": [{"text": 'a "quote', "label": 1}, {"text": "fine", "label": 0}],
-        "test": [{"text": "x", "label": 1}],
-    }
-    with pytest.raises(InputError, match="SST-2.zip/SST-2/test.tsv:1: not GLUE's"):
-        converted("sst2", path, tmp_path / "task", test="SST-2/test.tsv")
 
 
 ZHANG_TRAPS = {  # a line of the official CSV, and the text that was written
@@ -750,34 +678,24 @@ ZHANG_TRAPS = {  # a line of the official CSV, and the text that was written
 }
 
 
-@pytest.mark.parametrize("name", ["yelp.tgz", "yelp.zip", "yelp.tar", "train.csv", "train.csv.gz"])
-def test_convert_yelp_packed_or_not(tmp_path, name, capsys):
-    files = {"yelp/train.csv": "\n".join(ZHANG_TRAPS), "yelp/test.csv": '"1","x"\n'}
-    splits = converted("yelp5", pack(tmp_path / name, files), tmp_path / "task")
+def test_convert_yelp(tmp_path, capsys):
+    train = put(tmp_path / "train.csv.gz", "\n".join(ZHANG_TRAPS))
+    test = put(tmp_path / "test.csv", '"1","x"\n')
+    splits = converted("yelp5", tmp_path / "task", train=train, test=test)
     traps = ZHANG_TRAPS.items()
     assert splits["train"] == [{"text": b, "label": int(a[1]) - 1} for a, b in traps if b]
+    assert splits["test"] == [{"text": "x", "label": 0}]
     assert Task.load(tmp_path / "task") == Task("yelp5", "{text}. It was {mask}", data.WORDS[5])
     printed = capsys.readouterr().out
     assert "for train kept 3 terrible, 2 bad, 1 okay, 1 good, 2 great; dropped 1 (empty" in printed
-    is_whole = name.startswith("yelp")
-    assert ("test" in splits) == is_whole
-    assert ("--test-share" in printed) != is_whole  # what finetune.py would miss
 
 
-def test_convert_takes_other_names_and_can_draw_a_test_split(tmp_path, capsys):
-    folder, out = tmp_path / "in", tmp_path / "task"
-    path = put(folder / "mine.csv", "".join(f'"{1 + i % 2}","text {i}"\n' for i in range(10)))
-    with pytest.raises(InputError, match="in: no training file here; looked for train.csv"):
-        converted("amazon2", folder, out)
-    splits = converted("amazon5", folder, out, train="mine.csv", test_share=0.3)
-    assert "warning: no training example is okay or good or great" in capsys.readouterr().out
+def test_convert_can_draw_a_test_split_and_keeps_none_of_another_file(tmp_path):
+    train = put(tmp_path / "a.csv", "".join(f'"{1 + i % 2}","text {i}"\n' for i in range(10)))
+    splits = converted("amazon5", tmp_path / "task", train=train, test_share=0.3)
     assert {split: len(lines) for split, lines in splits.items()} == {"train": 7, "test": 3}
     assert len({line["text"] for line in splits["train"] + splits["test"]}) == 10
-    put(path, '"1","a"\n"3","of a class that is not there"')
-    with pytest.raises(InputError, match="mine.csv:2: not a class from 1 to 2"):
-        converted("amazon2", path, out)
-    assert read_lines(out / "train.jsonl") == splits["train"]
-    assert "test" not in converted("amazon5", path, out)  # whose lines were of the other file
+    assert "test" not in converted("amazon5", tmp_path / "task", train=train)
 
 
 def test_read_sentihood(tmp_path):
@@ -786,58 +704,43 @@ def test_read_sentihood(tmp_path):
         opinions = [{"sentiment": {"+": "Positive", "-": "Negative"}[sign]} for sign in said]
         sentences.append({"id": 1, "text": text, "opinions": opinions})
     path = put(tmp_path / "sentihood-train.json", "\ufeff" + json.dumps(sentences))
+    texts = ["LOCATION1 is safe", "rough", "both", "no"]
     labels = [1, 0, "mixed opinions", "no opinion"]
-    assert list(data.read_sentihood(path)) == list(
-        zip(["LOCATION1 is safe", "rough", "both", "no"], labels)
-    )
+    assert list(data.read_sentihood(path)) == list(zip(texts, labels))
 
 
 @pytest.mark.parametrize("encoding", ["UTF-8", "ISO-8859-1"])
-@pytest.mark.parametrize("tag", ["Opinion", "aspectTerm"])  # of 2016 and 2015, and of 2014
-def test_read_semeval(tmp_path, encoding, tag):
+def test_read_semeval(tmp_path, encoding):
     xml = f'<?xml version="1.0" encoding="{encoding}"?>\r\n<sentences>\r\n'
     xml += '<sentence OutOfScope="TRUE"><text>Café &amp; bar.</text></sentence>'
-    said = ["positive positive", "neutral", "positive negative", "conflict", "", "negative"]
+    said = ["positive positive", "neutral", "positive negative", "", "negative"]
     for polarities in said:
-        opinions = "".join(f'<{tag} polarity="{polarity}"/>' for polarity in polarities.split())
+        opinions = "".join(f'<Opinion polarity="{word}"/>' for word in polarities.split())
         xml += f"<sentence><text>x</text>{opinions}</sentence>\r\n"
     path = put(tmp_path / "a.xml", (xml + "</sentences>").encode(encoding))
-    labels = [2, 1, "mixed opinions", "mixed opinions", "no opinion", 0]
+    labels = [2, 1, "mixed opinions", "no opinion", 0]
     expected = [("Café & bar.", "out of scope"), *(("x", label) for label in labels)]
     assert list(data.read_semeval(path)) == expected
-
-
-def test_official_files_are_found_among_their_kin(tmp_path):
-    official = ["ABSA16_Restaurants_Train_SB1_v2.xml", "EN_REST_SB1_TEST.xml.gold"]
-    others = "._ABSA16_Restaurants_Train_SB1_v2.xml ABSA16_Restaurants_Train_English_SB2.xml "
-    others += "EN_REST_SB1_TEST.xml EN_REST_SB2_TEST.xml.gold DU_REST_SB1_TEST.xml.gold"
-    for name in official + others.split():
-        put(tmp_path / "deep" / name, "")
-    files = data.find_files(tmp_path, data.RESTAURANTS, {})
-    assert files == dict(zip(("train", "test"), [tmp_path / "deep" / name for name in official]))
 
 
 # ------------------------------------------------------------- data.py: pseudo-labels, Section 4.1
 
 
 def test_read_corpus(tmp_path):
-    first = pack(tmp_path / "0.tar", {"a.txt": 'First one. "Second" two!\n\n', "b.txt": b"\xff"})
+    first = put_tar(tmp_path / "0.tar", {"a.txt": 'First one. "Second" two!\n', "b.txt": b"\xff"})
     more = "Mr. A. B. Smith came.  He saw 3 things? Yes.\n"
-    second = pack(tmp_path / "1.tar", {"a.txt": more, "image.png": "no", "empty.txt": " \n"})
+    second = put_tar(tmp_path / "1.tar", {"a.txt": more, "image.png": "no", "empty.txt": " \n"})
     inner = {f"subset{path.stem}_data.xz": path.read_bytes() for path in (first, second)}
     inner = {name: lzma.compress(content) for name, content in inner.items()}
-    path = pack(tmp_path / "openwebtext.tar", inner)
+    path = put_tar(tmp_path / "openwebtext.tar", inner)
     sentences = ["First one.", '"Second" two!', None]
-    sentences += ["Mr. A. B. Smith came.", "He saw 3 things?", "Yes.", None, None]
+    sentences += ["Mr. A. B. Smith came.", "He saw 3 things?", "Yes.", None]
     assert list(data.read_corpus([path])) == sentences
-    put(tmp_path / "cut.tar", path.read_bytes()[:700])  # within a text
-    with pytest.raises(InputError, match="cut.tar: .*; give the whole file"):
-        list(data.read_corpus([tmp_path / "cut.tar"]))
 
-    lines = pack(tmp_path / "a.jsonl.gz", {"": '{"text": "a\\nb"}\n{"text": "c"}\n'})
+    lines = put(tmp_path / "a.jsonl.gz", '{"text": "a\\nb"}\n{"text": "c"}\n')
     assert list(data.read_corpus([lines] * 2)) == ["a", "b", "c"] * 2
     assert 3 < len(list(data.read_corpus([lines] * 20, share=0.3))) < 40
-    bad = [b"{", b"[]", b'{"text": 3}', b'{"text": "a\\u0000"}', b'{"text": "\\ud800"}', b"\xff"]
+    bad = [b"{", b"[]", b'{"text": 3}', b'{"text": "\\ud800"}', b"\xff", b""]
     path = put(tmp_path / "bad.jsonl", b"\n".join(bad) + b'\n{"text": "z"}\n')
     assert list(data.read_corpus([path])) == [None] * len(bad) + ["z"]
 
@@ -857,22 +760,27 @@ def test_a_labeller_learns_and_one_that_diverges_leaves_nothing(labeller, tmp_pa
 
 def test_classify_gives_every_text_its_own_label_and_none_for_nan(labeller):
     model, tokenizer = data.load_classifier(labeller, "cpu")
-    tokenize = data.in_batches(model, tokenizer, 64)
+    tokenize = data.in_batches(tokenizer, 64)
     texts = [review["text"] for review in make_examples(11, 3)]  # of all lengths
-    for text, label, confidence in zip(texts, *data.classify(model, tokenize, texts, 4)):
+    rows = data.classify(model, tokenize, texts, 4)
+    assert [text for text, *_ in rows] == texts and not data.classify(model, tokenize, [], 4)
+    for text, label, confidence in rows:
         p = model(**tokenize([text])).logits.softmax(-1)[0]
         assert label == p.argmax() and confidence == pytest.approx(p.max().item(), abs=1e-5)
     model.classifier.out_proj.bias.data[:] = math.nan
     with pytest.raises(Diverged, match="a probability of the labeller is not finite"):
         data.classify(model, tokenize, texts, 4)
+    tokenizer.model_max_length = 9  # which the model takes
+    lengths = [data.in_batches(tokenizer, n)("plot " * 99).input_ids.shape[1] for n in (4, 64)]
+    assert lengths == [4, 9]
 
 
 def pseudo_label(labeller, out, **flags):
     """Runs pseudo-label on a corpus of 600 lines; returns the examples and the funnel."""
     lines = [review["text"].replace(" .", " .\n", 1) + "\n" for review in make_examples(300, 5)]
     corpus = put(out.parent / "corpus.txt", "".join(lines))
-    arguments = {"threads": 1, "batch_size": 2, "device": "cpu", **flags}
-    run(data, "pseudo-label", labeller=labeller, corpus=corpus, out=out, **arguments)
+    flags = {"corpus": corpus, "threads": 1, "batch_size": 2, "device": "cpu", **flags}
+    run(data, "pseudo-label", labeller=labeller, out=out, **flags)
     return read_lines(out / "examples.jsonl"), metapt.read_json(out / "funnel.json")
 
 
@@ -892,9 +800,7 @@ def test_pseudo_labels_are_sure_balanced_and_without_duplicates(labeller, tmp_pa
 
 
 def test_balancing_again_labels_nothing_again(labeller, tmp_path, monkeypatch, capsys):
-    with pytest.raises(
-        InputError, match="labelled so; lower --confidence: what was labelled is kept"
-    ):
+    with pytest.raises(InputError, match="labelled so; lower --confidence: what was labelled is"):
         pseudo_label(labeller, tmp_path / "source", confidence=1)
     assert "600 read\n" in capsys.readouterr().out  # what was dropped is said before the error
     with monkeypatch.context() as patch:
@@ -904,69 +810,49 @@ def test_balancing_again_labels_nothing_again(labeller, tmp_path, monkeypatch, c
 
 
 def test_what_another_labeller_or_corpus_gave_is_not_gone_on_with(labeller, tmp_path):
-    pseudo_label(labeller, tmp_path / "source")
+    same = {"labeller": labeller, "out": tmp_path / "source"}
+    pseudo_label(**same)
     other = shutil.copytree(labeller, tmp_path / "labeller")
-    put(other / "config.json", (other / "config.json").read_text() + " ")
-    with pytest.raises(InputError, match="this run began with labeller .*--restart begins anew"):
-        pseudo_label(other, tmp_path / "source")
-    corpus = put(
-        tmp_path / "new.txt", (tmp_path / "corpus.txt").read_bytes().replace(b"plot", b"slot")
-    )
-    flags = {"labeller": labeller, "corpus": corpus, "out": tmp_path / "source", "device": "cpu"}
-    with pytest.raises(InputError, match="this run began with corpus .*--restart begins anew"):
-        run(data, "pseudo-label", **flags)
-    run(data, "pseudo-label", restart=True, **flags)
-    assert "slot" in (tmp_path / "source" / "examples.jsonl").read_text()
+    make_anew(other / "config.json")
+    corpus = put(tmp_path / "new.txt", "another line\n")
+    for name, value in {"labeller": other, "corpus": corpus}.items():
+        with pytest.raises(InputError, match=f"this run began with {name} .*--restart begins anew"):
+            pseudo_label(**{**same, name: value})
+    examples, _ = pseudo_label(**same, max_words=9, restart=True)
+    assert max(len(example["text"].split()) for example in examples) == 9
 
 
-def test_a_stopped_or_killed_labelling_continues(labeller, tmp_path, monkeypatch, at_call):
+def test_a_stopped_labelling_continues(labeller, tmp_path, monkeypatch, at_call):
     monkeypatch.setattr(data, "BLOCK", 64)
     whole = pseudo_label(labeller, tmp_path / "whole")
     calls = at_call(data, "classify", 2, ctrl_c)
     with pytest.raises(KeyboardInterrupt, match="stopped after 128 texts"):
         pseudo_label(labeller, tmp_path / "parts")
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(data, "write_rows", lambda file, rows: 1 / 0)
-        pseudo_label(labeller, tmp_path / "parts")
     assert pseudo_label(labeller, tmp_path / "parts") == whole
-    assert len(calls) == 2 + 1 + 8  # of ten blocks none that is whole is labelled again
-
-
-def test_processes_share_a_corpus_and_others_go_on_with_it(labeller, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 64)
-    whole = pseudo_label(labeller, tmp_path / "shared")
-    blocks = tmp_path / "shared" / "blocks"
-    for path in [*blocks.glob("*.gz"), blocks / "complete.json", blocks.parent / "examples.jsonl"]:
-        path.unlink()
-    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
-        patch.setattr(data, "wait_for_all", lambda world: None)
-        for name, value in torchrun(1, 2).items():
-            patch.setenv(name, value)
-        pseudo_label(labeller, tmp_path / "shared")  # of which only the first writes the examples
-    assert sorted(int(path.name[:6]) for path in blocks.glob("*.gz")) == [1, 3, 5, 7, 9]
-    assert pseudo_label(labeller, tmp_path / "shared") == whole
+    assert len(calls) == 2 + 8  # of ten blocks none is labelled again
 
 
 # ------------------------------------------- cluster.py: meta-tasks, Section 4.2 and Appendix B
 
 
 @pytest.mark.parametrize("method", ["kmeans", "lda", "random", "label"])
-def test_cluster(world, tmp_path, method):
+def test_cluster(world, tmp_path, method, capsys):
     reviews = [review for name in demo.SOURCE_DOMAINS for review in make_examples(70, 0, name)]
     data.write_task(tmp_path / "source", SENTIMENT, {"examples": reviews})
     out = tmp_path / "clusters" / "7.jsonl"
-    flags = {"encoder": world / "t5", "figure": tmp_path / "figures" / "tsne.png"}
-    flags = {"method": method, "k": 7, "device": "cpu", **(flags if method == "kmeans" else {})}
-    run(cluster, source=tmp_path / "source" / "examples.jsonl", out=out, **flags)
+    flags = {"encoder": world / "t5", "figure": tmp_path / "tsne.png"} if method == "kmeans" else {}
+    source = tmp_path / "source" / "examples.jsonl"
+    run(cluster, source=source, out=out, method=method, k=7, device="cpu", **flags)
     names = [example["cluster"] for example in read_lines(out)]
     assert read_lines(out) == [{**review, "cluster": i} for review, i in zip(reviews, names)]
     sizes = np.bincount(names)
-    assert len(sizes) == 5 if method == "label" else 5 < len(sizes) <= 7
-    assert method in ("kmeans", "lda") or sizes.max() - sizes.min() <= 1
+    assert {"label": [56] * 5, "random": [40] * 7}.get(method, list(sizes)) == list(sizes)
     assert method != "label" or names == [review["label"] for review in reviews]
-    assert (tmp_path / "figures" / "tsne.png").exists() == (method == "kmeans")
+    assert len(sizes) >= 5 and (tmp_path / "tsne.png").exists() == (method == "kmeans")
     assert Task.load(out.parent) == SENTIMENT
     assert metapt.read_json(out.with_suffix(".json"))["clusters"] == metapt.digest(out)
+    line = rf"cluster 0: {sizes[0]} examples: \d+ terrible, .* great\n    words: \w+"
+    assert re.search(line, capsys.readouterr().out)
 
 
 def test_kmeans_finds_what_is_there_and_repeats_itself():
@@ -991,88 +877,41 @@ def test_lda_finds_the_demos_domains_and_their_words():
     assert "plot" in telling[clusters[0]] and "soup" in telling[clusters[70]]
 
 
-def test_a_cluster_of_mostly_one_label_and_texts_without_words_are_said(tmp_path, capsys):
-    examples = [{"text": "a", "label": label} for label in [0] * 9 + [4] * 11]
-    data.write_task(tmp_path, SENTIMENT, {"examples": examples})
-    flags = {"source": tmp_path / "examples.jsonl", "k": 2, "device": "cpu"}
-    run(cluster, method="random", **flags)
-    with pytest.raises(InputError, match="its clusters would be written over it"):
-        run(cluster, method="random", **{**flags, "out": flags["source"]})
-    printed = capsys.readouterr().out
-    assert "0 bad, 0 okay, 0 good" in printed and "    words: \n    a\n" in printed
-    assert "warning" not in printed
-    with pytest.raises(InputError, match="no words for LDA to count"):
-        run(cluster, method="lda", **flags)
-    labels = np.array([0] * 9 + [4] * 11)
-    cluster.describe(SENTIMENT, ["a"] * 20, labels, np.arange(20) // 10, labels, {0: [], 1: []})
-    assert "have one label in cluster [0, 1]: clustering by label, which" in capsys.readouterr().out
-
-
-def test_embeddings_are_of_todays_encoder_and_finite(world, tmp_path):
+def test_embeddings_are_stored_for_todays_encoder_and_finite(world, tmp_path, monkeypatch):
     encoder = str(shutil.copytree(world / "t5", tmp_path / "t5"))
+    embed = lambda: cluster.embed(["fine", "the plot"], tmp_path, encoder, "cpu")
+    first = np.array(embed())
+    np.testing.assert_allclose(np.linalg.norm(first, axis=-1), 1, rtol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "SentenceTransformer", None)
+        assert np.array_equal(embed(), first)
+
     path = tmp_path / "t5" / "model.safetensors"
-    embeddings = []
-    for divisor in (1, 10, 0):
-        times = path.stat()
-        weights = {name: values.sin() / divisor for name, values in load_file(path).items()}
-        save_file(weights, path, {"format": "pt"})
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as an archive would set them
-        if divisor:
-            embeddings.append(cluster.embed(["fine", "the plot"], tmp_path, encoder, "cpu"))
-    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=-1), 1, rtol=1e-5)
-    assert not np.allclose(*embeddings)
+    weights = {name: w * math.nan for name, w in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
     with pytest.raises(InputError, match="t5: the embedding of 'fine' is not finite; give another"):
-        cluster.embed(["fine", "the plot"], tmp_path, encoder, "cpu")
-    assert len(list(tmp_path.glob("*.npy"))) == 2
-
-
-def test_of_two_commands_at_once_one_embeds_and_both_have_all(world, tmp_path, monkeypatch):
-    texts = [review["text"] for review in make_examples(7)]
-    encode = cluster.SentenceTransformer.encode
-    encoded = []
-
-    def slow(self, texts, **options):
-        encoded.append(texts)
-        time.sleep(0.3)
-        return encode(self, texts, **options)
-
-    monkeypatch.setattr(cluster.SentenceTransformer, "encode", slow)
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(cluster.embed, texts, tmp_path, str(world / "t5"), "cpu") for _ in "12"]
-    first, second = (np.array(job.result()) for job in jobs)
-    assert first.shape == (7, 64) and np.array_equal(first, second) and encoded == [texts]
+        embed()
+    assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
 # ------------------------------------------------ Appendix A, its defaults and its methods, by hand
 
 
-def defaults(function):
-    return {name: value.default for name, value in signature(function).parameters.items()}
-
-
 META = vars(train_meta.make_parser().parse(["--source", "x", "--out", "x"]))
 DOWN = vars(finetune.make_parser().parse([]))
-FT = {"learning_rate": 0.00003, "batch_size": 4, "patience": 5}
+FT = {"learning_rate": 0.00003, "batch_size": 4, "max_epochs": 200, "patience": 5}
 PPT = {"learning_rate": 0.003, "max_steps": 1_250_000, "eval_every": 20_000, "patience": 5}
 MAML = {"learning_rate": 0.025, "max_steps": 20_000, "eval_every": 500, "patience": 6}
-PT = {"learning_rate": 0.003, "batch_size": 4 * 8, "patience": 6}  # 4, accumulated 8 times
+PT = {"learning_rate": 0.003, "batch_size": 4 * 8, "max_epochs": 200, "patience": 6}
 APPENDIX_A = {  # the place in the paper: its numbers by our names, and where the code has them
     "5.1, few-shot": ({"shots": [40], "validation_shots": None, "seeds": [1, 2, 3, 4, 5]}, DOWN),
     "5.1, a prompt's vectors": ({"prompt_length": 100}, META),
-    "5.1, init_prompt": ({"n_tokens": 100}, defaults(PromptedT5.init_prompt)),
-    "A, warm-up steps": ({"warmup": 20}, defaults(metapt.linear_schedule)),
     "A.1, FT": (FT, finetune.SETTINGS["ft"]),
-    "A.1, A.4, epochs": ({"max_epochs": 200}, DOWN),
-    "A.1, search": ({"RATES": [3e-3, 3e-4, 8e-5, 3e-5, 3e-6]}, vars(finetune)),
     "A.2, PPT": (PPT, train_meta.SETTINGS["ppt"]),
     "A.2, epochs": ({"EPOCHS": 5}, vars(train_meta)),
     "A.3, outer loop": (MAML, train_meta.SETTINGS["maml"]),
-    "A.3, first order": (MAML, train_meta.SETTINGS["fomaml"]),
     "A.3, inner loop": ({"alpha": 0.08, "batch_size": 4}, META),
-    "A.3, search of α": ({"ALPHAS": [0.8, 0.3, 0.08, 0.03, 0.008]}, vars(train_meta)),
-    "A.3, search of β": ({"BETAS": [0.3, 0.08, 0.03, 0.025, 0.008]}, vars(train_meta)),
     "A.4, PT": (PT, finetune.SETTINGS["pt"]),
-    "A.4, tune": ({**PT, "max_epochs": 200}, defaults(finetune.tune)),
 }
 
 
@@ -1161,11 +1000,11 @@ def test_full_tuning_returns_to_its_best_epoch_and_alone_has_dropout(tokenizer, 
 
     monkeypatch.setattr(model, "evaluate", evaluate)
     monkeypatch.setattr(model, "loss", lambda *args: modes.append(model.t5.training) or loss(*args))
-    finetune.tune(model, None, examples, examples, 0.1, max_epochs=3)
+    finetune.tune(model, None, examples, examples, 0.1, 4, max_epochs=3, patience=5)
     tuned = model.t5.state_dict()
     same = [all(torch.equal(tuned[name], state[name]) for name in state) for state in states]
     assert same == [False, True, False]
-    finetune.tune(model, model.init_prompt(3), examples, examples, max_epochs=1)
+    finetune.tune(model, model.init_prompt(3), examples, examples, 0.1, 4, 1, 5)
     assert modes == [True, True, True, False]
 
 
@@ -1284,7 +1123,6 @@ def scores(monkeypatch):
 def test_the_prompt_of_the_best_validation_is_kept(world, tmp_path, scores):
     prompts = scores(0.2, 0.9, 0.5, 0.4)
     assert torch.equal(learn(world, tmp_path), prompts[1])
-    assert not torch.equal(prompts[0], prompts[1])
     facts = facts_of(tmp_path)
     assert (facts["step"], facts["accuracy"], facts["is_start"]) == (2, 0.9, False)
 
@@ -1318,7 +1156,7 @@ def test_a_run_whose_end_was_off_its_evaluations_loses_no_patience(world, tmp_pa
 
 def test_the_facts_of_a_prompt(world, tmp_path):
     source = shutil.copytree(world / "source", tmp_path / "source") / "clustered.jsonl.gz"
-    pack(source, {"": (world / "source" / "clustered.jsonl").read_text()})
+    put(source, (world / "source" / "clustered.jsonl").read_text())
     notes = {"method": "lda", "clusters": metapt.digest(source)}
     put(source.with_name("clustered.json"), json.dumps(notes))
     learn(world, tmp_path / "run", source=source, source_size=500, alpha=0, max_steps=0)
@@ -1327,26 +1165,6 @@ def test_the_facts_of_a_prompt(world, tmp_path):
     assert [facts[name] for name in names] == ["no inner step", 500, 4, "lda", 1, "source"]
     put(source.with_name("clustered.json"), json.dumps({**notes, "clusters": "of others"}))
     assert train_meta.clustering_of(source) is None
-
-
-RECIPES = {  # a flag of another run: its value, whether recipe and prompt_seed are the same
-    "seed": (2, True, False),
-    "tasks_per_pass": (1, True, True),
-    "dtype": ("float64", False, True),
-    "alpha": (0.3, False, True),
-    "max_steps": (7, False, True),
-}
-
-
-@pytest.mark.parametrize("flag", RECIPES)
-def test_trainings_of_one_prompt_differ_in_the_seed_alone(world, flag):
-    value, *same = RECIPES[flag]
-    identities = []
-    for flags in ({}, {flag: value}):
-        words = words_of(config=world / "maml.json", out="x", **flags)
-        identities.append(train_meta.identity(train_meta.make_parser().parse(words), SENTIMENT))
-    one, other = identities
-    assert [one[name] == other[name] for name in ("recipe", "prompt_seed")] == same
 
 
 # - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - runs that are stopped and continued
@@ -1375,12 +1193,11 @@ def test_a_stopped_run_continues_to_the_same_bytes(world, learned, tmp_path, at_
     assert [step for *_, step in drawn] == [0, 1, 2, 3, 4, 5]  # none of them twice
 
 
-def test_a_stop_at_the_end_of_a_run_ends_the_search_too(world, tmp_path, at_call):
-    at_call(train_meta, "validate", 2, ctrl_c)  # the last of a run
+def test_a_stop_at_the_end_of_a_run_is_not_lost(world, tmp_path, at_call):
+    at_call(train_meta, "validate", 2, ctrl_c)  # the last of the run
     with pytest.raises(KeyboardInterrupt):
-        learn(world, tmp_path, search=True, max_steps=1)
-    (folder,) = tmp_path.glob("alpha*")
-    assert steps_of(folder) == [0, 1] and facts_of(folder)["step"] <= 1
+        learn(world, tmp_path, max_steps=1)
+    assert steps_of(tmp_path) == [0, 1]
 
 
 def test_a_killed_run_continues_to_the_same_bytes(world, tmp_path):
@@ -1425,17 +1242,15 @@ def test_a_second_command_with_one_out_ends_in_one_line(world, learned, tmp_path
     assert same_bytes(out, learned)
 
 
-T5_FILES = ["t5/model.safetensors", "t5/config.json", "t5/tokenizer.json"]
 CHANGES = {  # what is another one where a run is to go on, a flag or a file: what is refused
     "alpha": (0.3, "--alpha 0.08, not 0.3"),
-    "method": ("fomaml", "--method maml, not fomaml"),
     "seed": (2, "--seed 1, not 2"),
     "max_steps": (0, "--max-steps 1, not 0"),  # which may grow, as may the patience
     "patience": (5, "--patience 6, not 5"),
     "source/clustered.jsonl": (None, "--source [0-9a-f]{16}, not "),
     "source/task.json": (None, "task.json [0-9a-f]{16}, not "),
     "start/adapter_model.safetensors": (None, "--init [0-9a-f]{16}, not "),
-    **dict.fromkeys(T5_FILES, (None, "--model [0-9a-f]{16}, not ")),
+    "t5/model.safetensors": (None, "--model [0-9a-f]{16}, not "),
 }
 
 
@@ -1456,12 +1271,16 @@ def test_a_run_goes_on_with_what_it_was_made_of_only(world, tmp_path, tokenizer,
     with pytest.raises(InputError, match=f"run: .*began with {refused}.*--restart begins anew"):
         learn(files, out, **flags)
     learn(files, out, restart=True, **flags)
+    # Trainings of one recipe differ in the seed alone.
     assert (facts_of(out)["recipe"] == recipe) == (change == "seed")
+    assert facts_of(out)["prompt_seed"] == flags.get("seed", 1)
 
 
 def work_under_torchrun(rank, port, argv):
-    os.environ.update({**torchrun(rank, 2), "MASTER_PORT": str(port)})
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torchrun's own, here the test's
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    names |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "1"}
+    names["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torchrun's own, here the test's
+    os.environ.update({name: str(value) for name, value in names.items()})
     train_meta.main(argv)
     assert torch.distributed.is_initialized()
 
@@ -1480,26 +1299,6 @@ def test_torchrun_shares_a_step_and_changes_nothing(world, learned, tmp_path):
     torch.testing.assert_close(one["prompt"], two["prompt"], atol=1e-6, rtol=0)
     one, two = (read_lines(out / "log.jsonl") for out in (learned, tmp_path / "two"))
     assert [line["accuracy"] for line in one] == [line["accuracy"] for line in two]
-
-
-def test_search_keeps_the_best_of_the_rates_at_which_it_converges(world, tmp_path, monkeypatch):
-    train, betas = train_meta.train, [0.3, 0.001, 0.1]
-    diverge = raises(Diverged("the loss of step 3 is not finite"))
-    some = lambda args: diverge() if args.learning_rate > 0.2 else train(args)
-    monkeypatch.setattr(train_meta, "train", some)
-    monkeypatch.setattr(train_meta, "ALPHAS", [0.08])
-    monkeypatch.setattr(train_meta, "BETAS", betas)
-    prompt = learn(world, tmp_path / "run", search=True, max_steps=2)
-    runs = [load_prompt(tmp_path / "run" / f"alpha0.08-beta{beta}") for beta in betas[1:]]
-    best = metapt.best_of([facts for _, facts in runs])
-    assert best == 1  # and not the first
-    assert torch.equal(prompt, runs[1][0]) and facts_of(tmp_path / "run") == runs[1][1]
-
-    del betas[1:]
-    learn(world, tmp_path / "ppt", "ppt", search=True, max_steps=0)  # at A.2's rate, without an α
-    assert facts_of(tmp_path / "ppt")["arguments"]["learning_rate"] == 0.003
-    with pytest.raises(Diverged, match="it diverges with every pair of rates"):
-        learn(world, tmp_path / "none", search=True)
 
 
 # ------------------------------------------------------------------ finetune.py: Section 5, A.1, A.4
@@ -1524,10 +1323,10 @@ def test_a_stopped_sweep_continues(world, tmp_path, at_call):
     assert len({row["identity"] for row in rows}) == len(rows) == 4
 
 
-DOWNSTREAM_FILES = ["books/train.jsonl", "books/test.jsonl", "books/task.json", *T5_FILES]
+BOOKS_FILES = ["books/train.jsonl", "books/test.jsonl", "books/task.json"]
 
 
-@pytest.mark.parametrize("place", DOWNSTREAM_FILES)
+@pytest.mark.parametrize("place", [*BOOKS_FILES, "t5/tokenizer.json"])
 def test_a_result_is_shown_for_what_it_was_made_of_only(world, tmp_path, capsys, place):
     """Data or T5 A, then B, then A again: the line of A, without a run."""
     files = shutil.copytree(world, tmp_path / "demo")
@@ -1539,7 +1338,7 @@ def test_a_result_is_shown_for_what_it_was_made_of_only(world, tmp_path, capsys,
     (files / place).write_bytes(before)
     capsys.readouterr()
     few(world, tmp_path, **flags)
-    shown = f"{100 * first['accuracy']:.2f} |\n\nwrote {tmp_path}/r.jsonl: 0 new runs"
+    shown = f"{100 * first['accuracy']:.2f} |\n\nwrote {tmp_path}/r.jsonl: 0 of 1 results are new"
     assert shown in capsys.readouterr().out
 
 
@@ -1561,15 +1360,12 @@ def test_a_tuned_prompt_used_as_a_start_is_called_so(world, sweep, tmp_path):
 
 
 def test_a_random_prompt_is_of_the_length_and_the_t5_of_the_learned_one(world, learned, tmp_path):
-    save_prompt(tmp_path / "long", torch.zeros(5, 64), metapt.load_t5(world / "t5")[0])
     flags = {"task": world / "books", "shots": 0, "max_test": 9, "seeds": 1}
     run(finetune, prompt=["random", learned], out=tmp_path / "r.jsonl", **flags)
     run(finetune, model=world / "t5", out=tmp_path / "r.jsonl", **flags)
     rows = read_lines(tmp_path / "r.jsonl")
     assert [row["settings"]["prompt_length"] for row in rows] == [3, 3, 100]
     assert {row["model"] for row in rows} == {str(world / "t5")}
-    with pytest.raises(InputError, match=r"prompts of \[3, 5\] vectors: give .*--prompt-length"):
-        run(finetune, prompt=["random", learned, tmp_path / "long"], out=tmp_path / "r", **flags)
 
 
 def test_what_is_named_twice_and_what_no_draw_enters_count_once(world, learned, tmp_path, capsys):
@@ -1591,6 +1387,12 @@ def test_no_shots_test_the_start_as_it_is(world, learned, tmp_path):
         assert row["accuracy"] == pytest.approx(score["accuracy"]) and row["epochs"] == 0
 
 
+def test_full_tuning_leaves_the_t5_to_the_other_runs(world, tmp_path):
+    _, after = few(world, tmp_path / "both", method=["ft", "pt"])
+    (alone,) = few(world, tmp_path / "alone")
+    assert after["loss"] == alone["loss"]
+
+
 def test_accumulate_is_part_of_full_tunings_identity_alone(world, tmp_path):
     for parts in (1, 2):
         rows = few(world, tmp_path, method=["pt", "ft"], accumulate=parts)
@@ -1603,7 +1405,7 @@ def test_a_test_split_that_repeats_the_training_split_is_said(world, tmp_path, c
     for test in ([], known):
         data.write_lines(books / "test.jsonl", [{"text": "new", "label": 0}, *test])
         few(world, tmp_path, task=books)
-        said = "train.jsonl: 1 of its texts are test texts too" in capsys.readouterr().err
+        said = "test.jsonl: 1 texts of train.jsonl are in it too" in capsys.readouterr().err
         assert said == bool(test)
 
 
@@ -1625,27 +1427,6 @@ def test_no_result_is_lost_between_processes(sweep, tmp_path):
     assert sorted(row["identity"] for row in read_lines(out)) == names
 
 
-def test_search_chooses_by_validation_alone(tokenizer, monkeypatch):
-    model = PromptedT5(make_t5(tokenizer), tokenizer, SENTIMENT)
-    table, starts = model.t5.shared.weight, []
-    scores = dict(zip(finetune.RATES, [None, (0.7, 1.2), (0.7, 1.1), (0.7, 1.3), (0.5, 0.1)]))
-
-    def tune(model, prompt, training, validation, learning_rate):
-        starts.append(table.sum().item())
-        table.data.fill_(learning_rate)
-        if not scores[learning_rate]:
-            raise Diverged("a validation loss is not finite")
-        names = ("validation_accuracy", "validation_loss")
-        return prompt, dict(zip(names, scores[learning_rate]))
-
-    monkeypatch.setattr(finetune, "tune", tune)
-    monkeypatch.setattr(PromptedT5, "evaluate", None)  # so no test split is scored
-    outcome = finetune.search(model, [], [])
-    assert len(starts) == 5 and len(set(starts)) == 1  # each from the same weights
-    assert outcome["learning_rate"] == 8e-5 and (table == 8e-5).all()
-    assert list(outcome["tried"].values()) == [None, 0.7, 0.7, 0.7, 0.5]
-
-
 def test_a_prompt_used_with_another_t5_says_so(world, learned, tmp_path, capsys):
     other = shutil.copytree(world / "t5", tmp_path / "t5")
     few(world, tmp_path, prompt=learned, model=other)  # the same under another name
@@ -1653,62 +1434,37 @@ def test_a_prompt_used_with_another_t5_says_so(world, learned, tmp_path, capsys)
     make_anew(other / "model.safetensors")
     few(world, tmp_path, prompt=learned, model=other)
     assert f"{learned} was learned with {world / 't5'}, not {other}" in capsys.readouterr().err
+    save_prompt(tmp_path / "narrow", torch.zeros(3, 16), metapt.load_t5(other)[0])
+    with pytest.raises(InputError, match="narrow: of width 16; .*t5 needs 64"):
+        few(world, tmp_path, prompt=tmp_path / "narrow")
 
 
-def test_testing_shows_its_progress_and_encodes_as_it_goes(world, tmp_path, monkeypatch, at_call):
-    encoded = at_call(PromptedT5, "encode", 0, None)
-    bars, bar = [], finetune.tqdm
-
-    class Bar(bar):
-        def __init__(self, iterable=None, desc=None, total=None, **options):
-            bars.append((desc, total, len(encoded)))
-            super().__init__(iterable, desc, total, **options)
-
-    monkeypatch.setattr(finetune, "tqdm", Bar)
-    few(world, tmp_path, max_test=150)
-    assert bars[-1] == ("testing", 3, len(encoded) - 3)
-
-
-def test_macro_f1_is_the_mean_over_the_classes_that_occur():
-    assert finetune.macro_f1([[3, 1, 0], [1, 0, 0], [0, 0, 0]]) == pytest.approx(0.75 / 2)
-
-
-@pytest.mark.parametrize("suffix", [".txt", *data.JSON_LINES])
-def test_predict_takes_a_text_a_line_and_gives_a_line(world, sweep, tmp_path, suffix):
-    texts = ["the plot was gripping and the music was dull .", "", "{dull}"]
-    lines = [text and json.dumps({"text": text, "word": 3}) for text in texts]
-    file = put(tmp_path / f"a{suffix}", "\n".join(texts if suffix == ".txt" else lines))
-    flags = {"predict": file, "prompt": sweep / "tuned" / "books-meta-8-1", "device": "cpu"}
+def test_predictions_of_texts_with_and_without_labels(world, sweep, tmp_path, capsys):
+    texts = [
+        {"text": "the plot was gripping and the music was dull .", "label": "great"},
+        {"text": "{dull}", "label": 3, "word": "its own"},
+    ]
+    lines = [json.dumps(text) for text in texts] + ["", '{"text": "who knows ?"}']
+    prompt = sweep / "tuned" / "books-meta-8-1"
+    flags = {"prompt": prompt, "predict": put(tmp_path / "a.jsonl", "\n".join(lines))}
     run(finetune, out=tmp_path / "new" / "out.jsonl", **flags)
-    first, blank, last = read_lines(tmp_path / "new" / "out.jsonl")
-    assert blank is None and [first["text"], last["text"]] == [texts[0], texts[2]]
-    assert suffix == ".txt" or first["word"] == last["word"] == 3  # its own field
+    rows = read_lines(tmp_path / "new" / "out.jsonl")
+    assert [row.get("label") for row in rows] == [4, 3, None] and rows[1]["word"] == "its own"
     model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT, max_length=128)
-    for row in (first, last):
-        (p,) = model.probabilities(load_prompt(flags["prompt"])[0], model.encode([row]))
+    for row in rows:
         prediction = row["prediction"]
+        (p,) = model.probabilities(load_prompt(prompt)[0], model.encode([row]))
         assert prediction["label"] == p.argmax()
         assert prediction["word"] == SENTIMENT.words[p.argmax()]
         assert list(prediction["probabilities"].values()) == pytest.approx(p.tolist(), abs=1e-4)
+    hits = sum(row["label"] == row["prediction"]["label"] for row in rows[:2])
+    assert f"accuracy {hits / 2:.1%}, of 2 labelled texts" in capsys.readouterr().err
 
-    run(finetune, out=tmp_path / "short.jsonl", max_length=12, **flags)  # wins over the run's own
-    assert read_lines(tmp_path / "short.jsonl")[0]["prediction"] != first["prediction"]
-
-
-def test_predictions_of_labelled_texts_are_scored(world, learned, tmp_path, capsys):
-    test = read_lines(world / "books" / "test.jsonl")[:40]
-    test[0]["label"] = SENTIMENT.words[test[0]["label"]]
-    lines = [*test, {"text": "who knows ?"}]
-    data.write_lines(tmp_path / "test.jsonl", lines)
-    capsys.readouterr()
-    run(finetune, predict=tmp_path / "test.jsonl", prompt=learned, task=world / "books", threads=1)
-    printed = capsys.readouterr()
-    rows = [json.loads(line) for line in printed.out.splitlines()]
-    assert [row.get("label") for row in rows] == [line.get("label") for line in lines]
-    hits = 0
-    for row in rows[:40]:
-        hits += row["label"] in (row["prediction"]["label"], row["prediction"]["word"])
-    assert f"accuracy {hits / 40:.1%}, macro-F1 " in printed.err and "of 40 label" in printed.err
+    flags["predict"] = put(tmp_path / "a.txt", "\n\n".join(row["text"] for row in rows))
+    run(finetune, task=world / "games", max_length=12, **flags)  # which win over the run's own
+    shorter = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in shorter] == [row["text"] for row in rows]
+    assert shorter[0]["prediction"] != rows[0]["prediction"]
 
 
 def test_a_t5_that_gives_nan_ends_in_one_line_and_leaves_nothing(world, tmp_path, capsys):
@@ -1766,14 +1522,17 @@ def test_variables_that_torchrun_did_not_set_do_not_count(monkeypatch):
 
 OUT = "--source {demo}/source/clustered.jsonl --model {demo}/t5 --out "
 BOOKS = "--task {demo}/books --model {demo}/t5 "
+SOURCE = "--source {demo}/source/examples.jsonl --method random "
 BAD_FLAGS = [
+    (cluster, SOURCE + "--k 9999", "examples cannot make .9999. clusters"),
+    (cluster, SOURCE + "--out {demo}/source/examples.jsonl", "its clusters would be written over"),
+    (cluster, SOURCE + "--out x.json", "--out must end in .jsonl"),
     (train_meta, OUT + "x --device gpu", "--device gpu: .*; give cpu or cuda"),
     (train_meta, OUT + "{demo}/maml.json", "maml.json.*: cannot be written: File exists"),
     (train_meta, OUT + "x --init nothing", "nothing/adapter_config.json: No such file"),
     (train_meta, "--sources x", "the following arguments are required: --source"),
     (train_meta, "--config none.json", "none.json: No such file or directory"),
     (finetune, "--task nothing --model {demo}/t5", "nothing.*: No such file or directory"),
-    (finetune, "--task {demo} --model {demo}/t5", "demo: a folder of tasks; .*demo/books"),
     (finetune, "--task {demo}/books --model ./t6", "./t6: no such folder; give a T5 by hub"),
     (
         finetune,
@@ -1785,7 +1544,6 @@ BAD_FLAGS = [
     (finetune, BOOKS + "--out {demo}", "demo: Is a directory"),
     (finetune, BOOKS + "--method ft --save tuned", "--save keeps tuned prompts, and full"),
     (finetune, BOOKS + "--method ft --dtype bfloat16", "--dtype bfloat16 is for a frozen"),
-    (finetune, BOOKS + "--search", "--search is full tuning's; add --method ft"),
     (finetune, "--predict {demo}/pt.json", "--predict needs one --prompt FOLDER"),
     (finetune, "", "--task FOLDER is needed"),
 ]
@@ -1812,7 +1570,7 @@ def predict(path):
 
 
 def convert(path):
-    data.convert(path.name.split(".")[0], path, path.with_name("task"))
+    data.convert(path.name.split(".")[0], {"train": path}, path.with_name("task"))
 
 
 FINE = '{"text": "fine", "label": 2}\n'
@@ -1834,9 +1592,7 @@ GOOD = {  # a file and what stands in it, or a folder that the fixture `place` m
     "t5": (None, metapt.load_t5),
     "labeller": (None, lambda folder: data.load_classifier(folder, "cpu")),
     "sst5.txt": ("(3 (2 It) (4 works))\n" * 3, convert),
-    "sst2.tsv": ("sentence\tlabel\nfine\t1\n", convert),
     "amazon2.csv": ('"1","fine"\n' * 3, convert),
-    "amazon5.tar": ({"train.csv": '"1","fine"\n'}, convert),
     "sentihood.json": ('[{"text": "fine", "opinions": [{"sentiment": "Positive"}]}]', convert),
     "semeval_laptop.xml": (XML % "positive", convert),
     "corpus.tar": ({"a.txt": "fine\n" * 9999}, lambda path: list(data.read_corpus([path]))),
@@ -1844,11 +1600,11 @@ GOOD = {  # a file and what stands in it, or a folder that the fixture `place` m
 
 
 def write(path, content):
-    """Writes {name: text} as an archive, a text or bytes, or has `content` write."""
+    """Writes {name: text} as a tar, a text or bytes, or has `content` write."""
     if callable(content):
         content(path)
     else:
-        pack(path, content) if isinstance(content, dict) else put(path, content)
+        put_tar(path, content) if isinstance(content, dict) else put(path, content)
 
 
 @pytest.fixture
@@ -1909,49 +1665,38 @@ T5, RUN = "t5/model.safetensors", "run/checkpoint.safetensors"
 SENTIHOOD, SEMEVAL = "sentihood.json", "semeval_laptop.xml"
 MASKED = "a template that holds {mask} once"
 BAD = {  # what is wrong: the file, what stands in it, and a part of the line
-    "an empty task": (TASK, "", "give a whole file of JSON"),
     "a task that is a list": (TASK, "[]", "not a JSON object but a list"),
     "brackets without end": (TASK, "[" * 10**5, "give a whole file of JSON"),
     "a task without words": (TASK, '{"name": "a", "template": "{text} {mask}"}', "'words' is miss"),
     "a template without a mask": (TASK, entry("template", "{text}"), MASKED),
-    "a template with a format": (TASK, entry("template", "{text!r} {mask}"), MASKED),
     "a template with an open brace": (TASK, entry("template", "{text} {mask"), MASKED),
     "a word twice": (TASK, entry("words", ["good", "good"]), "two or more words, all different"),
     "a name that leads elsewhere": (TASK, entry("name", "../up"), "a name without a slash"),
     "a flag that is none": (FLAGS, entry("nothing", 1), "unrecognized arguments: --nothing"),
-    "a number that is text": (FLAGS, entry("alpha", "x"), "x is not a number of 0.0 or more"),
     "a seed and a half": (FLAGS, entry("seed", 1.5), "1.5 is not a whole number"),
     "half a line": (TRAIN, FINE + '{"text": "fi', "jsonl:2: .*write examples, as"),
-    "a line in Latin-1": (TRAIN, f"{FINE}caf\xe9".encode("latin-1"), "file of UTF-8 text"),
-    "a NUL byte": (TRAIN, FINE + "\0", "jsonl:2: it holds a NUL byte"),
+    "a line in Latin-1": (TRAIN, f"{FINE}caf\xe9".encode("latin-1"), "jsonl:2: .* UTF-8 text"),
     "no text": (TRAIN, FINE + '{"label": 0}', "jsonl:2: it has no text 'text'"),
-    "an empty text": (TRAIN, FINE + '{"text": " ", "label": 0}', "jsonl:2: 'text' is empty"),
     "a label beyond the words": (TRAIN, FINE.replace("2", "5"), "jsonl:1: label 5 is none of"),
     "half a character": (TRAIN, FINE.replace("fine", "\\ud800"), "jsonl:1: .*surrogates"),
-    "a cluster that is text": (TRAIN, FINE.replace("2", '2, "cluster": "a"'), "cluster 'a' is"),
     "a wrong label to predict": (TEXTS, FINE.replace("2", "7"), "jsonl:1: label 7 is none of"),
     "a line without a cluster": (CLUSTERS, CLUSTERED * 9 + FINE, "no clusters, or not for every"),
     "a cluster that is too small": (CLUSTERS, CLUSTERED, "cluster 0 has 1 examples; 2 to train"),
-    "a result without identity": (RESULTS, '{"accuracy": 0, "settings": {}}', "'identity' is miss"),
     "an accuracy of 2": (RESULTS, RESULT.replace("0.5", "2"), "jsonl:1: the accuracy is no share"),
+    "a result without identity": (RESULTS, '{"accuracy": 0, "settings": {}}', "'identity' is miss"),
     "a pickle as a prompt": (PROMPT, pickled, "as safetensors"),
     "a prompt of NaN": (PROMPT, tensors([[math.nan] * 16]), "its numbers are not finite"),
     "a prompt that is a LoRA": (CONFIG, entry("peft_type", "LORA"), "not a soft prompt"),
-    "facts that are none": ("prompt/metapt.json", "[]", "not a JSON object"),
     "half a checkpoint": (RUN, half, "--restart begins anew"),
-    "a checkpoint of no run": (RUN, tensors([[0.0]]), "--restart begins anew"),
     "a pickle as a T5": (T5, pickled_beside, "give a T5 by hub name or folder"),
     "half a T5": (T5, half, "give a T5 by hub name or folder"),
     "a T5 that is a BERT": ("t5/config.json", entry("model_type", "bert"), "it is no T5 but bert"),
-    "a labeller of no kind": ("labeller/config.json", entry("model_type", "x"), "give a sequence"),
     "a tree that does not close": ("sst5.txt", "(3 (2 It)", "txt:1: not a tree"),
-    "a label that GLUE has not": ("sst2.tsv", "sentence\tlabel\na\t2\n", "tsv:2: not GLUE's"),
     "a class that Amazon has not": ("amazon2.csv", '"1","a"\n"3","x"\n', "csv:2: not a class from"),
     "a quote that stays open": ("amazon2.csv", '"1","a"\n"1","open', "csv:2: .*official CSV"),
-    "a name out of an archive": ("amazon5.tar", {"../train.csv": '"1","x"\n'}, "official file"),
     "an opinion of no kind": (SENTIHOOD, '[{"text": "a", "opinions": [3]}]', "give the array"),
     "XML that does not close": (SEMEVAL, "<a></b>", "give the XML of SemEval"),
-    "an opinion that is odd": (SEMEVAL, XML % "odd", "no labelled text for train"),
+    "an opinion that is odd": (SEMEVAL, XML % "odd", "no labelled text here"),
     "half a corpus": ("corpus.tar", half, "give the whole file"),
 }
 

@@ -14,8 +14,6 @@ command again continues.
 
 import script  # first: it sets how PyTorch takes its memory
 
-import argparse
-import itertools
 import json
 import math
 import runpy
@@ -31,8 +29,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import data
-from metapt import Diverged, InputError, PromptedT5, Task, adapt, best_of, check_finite
-from metapt import digest, input_errors, linear_schedule, load_prompt, load_t5, meta_gradient
+from metapt import InputError, PromptedT5, Task, adapt, best_of, check_finite, digest
+from metapt import input_errors, linear_schedule, load_prompt, load_t5, meta_gradient
 from metapt import out_of_patience, read_json, save_prompt, write_atomically
 from script import number, rank_and_world
 
@@ -42,8 +40,6 @@ PPT = {"learning_rate": 0.003, "max_steps": 1_250_000, "eval_every": 20_000, "pa
 SETTINGS = {"maml": MAML, "fomaml": MAML, "ppt": PPT}
 ALPHA = 0.08  # the inner loop's learning rate, A.3
 M = 4  # its examples of a task, A.3
-ALPHAS = [0.8, 0.3, 0.08, 0.03, 0.008]  # A.3's search
-BETAS = [0.3, 0.08, 0.03, 0.025, 0.008]
 EPOCHS = 5  # of PPT at most, A.2
 
 
@@ -135,7 +131,7 @@ class Progress:
 
 
 def train(args):
-    """One run from source data to the best prompt, in the folder args.out; returns its score."""
+    """One run from source data to the best prompt, in the folder args.out."""
     out = Path(args.out)
     is_first = rank_and_world()[0] == 0
     with script.only_writer(out) if is_first else nullcontext():
@@ -172,7 +168,6 @@ def train(args):
             f"accuracy {best['accuracy']:.1%} (at the start {progress.log[0]['accuracy']:.1%})"
             + ("; it is the start itself: no step was better" if best["step"] == 0 else "")
         )
-    return best
 
 
 def learn(args, model, tasks, held_out, facts, progress):
@@ -184,6 +179,8 @@ def learn(args, model, tasks, held_out, facts, progress):
     max_steps = min(args.max_steps, EPOCHS * epoch) if ppt else args.max_steps
     patience_from = math.ceil(epoch / args.eval_every) if ppt else 0  # the end of the first epoch
     prompt, log = progress.prompt, progress.log
+    encode = lambda parts: [model.encode(examples) for examples in parts[rank::world]]
+    settings = (args.alpha, args.method == "fomaml", args.tasks_per_pass)
     stopped = False
     bar = tqdm(desc=args.method, total=max_steps, initial=progress.step, disable=rank > 0 or None)
     with script.stop_signal() as stop, bar:
@@ -192,12 +189,7 @@ def learn(args, model, tasks, held_out, facts, progress):
             due = step % args.eval_every == 0 or step >= max_steps
             if due and not (log and log[-1]["step"] == step):  # which may be where it continues
                 score = validate(model, prompt.detach(), held_out, args.alpha)
-                log.append({"step": step, **shared_mean(score, prompt)})
-                if best_of(log) == len(log) - 1:
-                    progress.best.copy_(prompt.detach())
-                save_run(args, model.t5, facts, progress)
-                if rank == 0:
-                    bar.write(f"{args.out}: step {step:,}, accuracy {log[-1]['accuracy']:.1%}")
+                record(args, model, {"step": step, **shared_mean(score, prompt)}, facts, progress)
 
             # An evaluation where a shorter run ended is none of a longer one's.
             regular = [line for line in log if line["step"] % args.eval_every == 0]
@@ -211,22 +203,16 @@ def learn(args, model, tasks, held_out, facts, progress):
                 factor = linear_schedule(step, max_steps)  # A.2's; MetaPT's β is constant
                 progress.optimizer.param_groups[0]["lr"] = args.learning_rate * factor
             else:
-                supports, queries = draw(tasks, args.batch_size, args.seed, step)
-                gradient, loss = meta_gradient(
-                    model,
-                    prompt,
-                    [model.encode(examples) for examples in supports[rank::world]],
-                    [model.encode(examples) for examples in queries[rank::world]],
-                    args.alpha,
-                    first_order=args.method == "fomaml",
-                    tasks_per_pass=args.tasks_per_pass,
-                )
-            gradient, loss, stopped = all_reduce(gradient, loss, torch.tensor(float(bool(stop))))
+                supports, queries = map(encode, draw(tasks, args.batch_size, args.seed, step))
+                gradient, loss = meta_gradient(model, prompt, supports, queries, *settings)
+
+            gradient, loss = all_reduce(gradient), all_reduce(loss)
             check_finite(f"{args.out}: the loss or gradient of step {step:,}", gradient, loss)
             prompt.grad = gradient
             progress.optimizer.step()  # P <- P - β ∇_P ..., by AdamW
             progress.step += 1
             bar.update()
+            stopped = all_reduce(torch.tensor(float(bool(stop)), device=prompt.device)) > 0
 
         save_run(args, model.t5, facts, progress)  # where it was stopped or lengthened
         if stopped:
@@ -234,24 +220,32 @@ def learn(args, model, tasks, held_out, facts, progress):
             raise KeyboardInterrupt(f"{message}; {script.CONTINUES}")
 
 
-def all_reduce(*tensors):
-    """The sums of tensors over the processes that torchrun started, in one exchange. The first
-    says on which device."""
+def record(args, model, score, facts, progress):
+    """Adds a validation's score to the log; keeps the prompt if it is the best; saves."""
+    progress.log.append(score)
+    if best_of(progress.log) == len(progress.log) - 1:
+        progress.best.copy_(progress.prompt.detach())
+    save_run(args, model.t5, facts, progress)
+    if rank_and_world()[0] == 0:
+        tqdm.write(f"{args.out}: step {score['step']:,}, accuracy {score['accuracy']:.1%}")
+
+
+def all_reduce(tensor):
+    """The sum of a tensor over the processes that torchrun started."""
     if rank_and_world()[1] == 1:
-        return tensors
+        return tensor
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if tensors[0].is_cuda else "gloo")
-    packed = torch.cat([tensor.detach().to(tensors[0]).flatten() for tensor in tensors])
-    torch.distributed.all_reduce(packed)
-    sums = packed.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(sums, tensors)]
+        torch.distributed.init_process_group("nccl" if tensor.is_cuda else "gloo")
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total
 
 
 def shared_mean(score, prompt):
     """The mean of a score over the processes: each has validated, which costs little beside the
     steps, and where their digits differ all must still decide the same."""
     values = torch.tensor(list(score.values()), dtype=torch.float64, device=prompt.device)
-    return dict(zip(score, (all_reduce(values)[0] / rank_and_world()[1]).tolist()))
+    return dict(zip(score, (all_reduce(values) / rank_and_world()[1]).tolist()))
 
 
 def read_source(args, task):
@@ -302,7 +296,7 @@ def clustering_of(source):
 
 
 # Flags that move no digit of the prompt, or by rounding alone.
-FREE = ("out", "config", "restart", "search", "device", "threads", "tasks_per_pass")
+FREE = ("out", "config", "restart", "device", "threads", "tasks_per_pass")
 
 
 def identity(args, task):
@@ -339,10 +333,11 @@ def save_run(args, t5, facts, progress):
     if rank_and_world()[0] > 0:
         return
 
-    out, log = Path(args.out), progress.log
-    zeros = {name: torch.zeros_like(progress.prompt) for name in MOMENTS}
-    adamw = progress.optimizer.state[progress.prompt] or zeros
-    tensors = {"prompt": progress.prompt, "best": progress.best, **{n: adamw[n] for n in MOMENTS}}
+    out = Path(args.out)
+    log = progress.log
+    adamw = progress.optimizer.state[progress.prompt]
+    tensors = {"prompt": progress.prompt, "best": progress.best}
+    tensors |= {name: adamw[name] for name in MOMENTS}
     tensors = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
     header = {"made_of": facts["made_of"], "threads": args.threads, "step": progress.step}
     content = save(tensors, {"run": json.dumps({**header, "log": log})})
@@ -364,66 +359,26 @@ def read_checkpoint(out):
         with safe_open(checkpoint_in(out), "pt") as file:
             header = json.loads(file.metadata()["run"])
             tensors = {name: file.get_tensor(name) for name in ("prompt", "best", *MOMENTS)}
-        names = ("made_of", "threads", "step", "log")
-        return {"tensors": tensors, **{name: header[name] for name in names}}
+        return {**header, "tensors": tensors}
 
 
 def begin(args, model, checkpoint):
     """Where a run begins: at its checkpoint, or else at a random prompt or the one in --init."""
     start = model.init_prompt(args.prompt_length, args.seed)
     if args.init:
-        start = load_prompt(args.init, model.t5.config.d_model)[0].to(model.device)
+        start = load_prompt(args.init, model.t5.config.d_model)[0]
 
-    prompt = torch.nn.Parameter(start)
+    tensors = {"prompt": start, "best": start, **dict.fromkeys(MOMENTS, torch.zeros_like(start))}
+    tensors = checkpoint.get("tensors", tensors)
+    tensors = {name: values.to(model.device, copy=True) for name, values in tensors.items()}
+    prompt = torch.nn.Parameter(tensors["prompt"])
     optimizer = torch.optim.AdamW([prompt], lr=args.learning_rate, weight_decay=0.0)
-    progress = Progress(prompt, start.clone(), optimizer, 0, [])
-    if checkpoint:
-        tensors = {name: t.to(model.device) for name, t in checkpoint["tensors"].items()}
-        progress.step = checkpoint["step"]
-        progress.log = checkpoint["log"]
-        with torch.no_grad():
-            prompt.copy_(tensors["prompt"])
-            progress.best.copy_(tensors["best"])
-        moments = {name: tensors[name] for name in MOMENTS}
-        state = {0: {"step": torch.tensor(float(progress.step)), **moments}}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        if rank_and_world()[0] == 0:
-            print(f"{args.out} stands at step {progress.step:,}", flush=True)
-    return progress
-
-
-def search(args):
-    """Appendix A.3's search: a run for every α and β of the paper (PPT has no α, and A.2's own rate
-    beside every β), each in a folder of its own in args.out; the prompt with the best validation
-    becomes the one of args.out."""
-    out = Path(args.out)
-    is_first = rank_and_world()[0] == 0
-    alphas, betas = ALPHAS, BETAS
-    if args.method == "ppt":
-        alphas, betas = [args.alpha], [PPT["learning_rate"], *BETAS]
-
-    folders, scores = [], []
-    for alpha, beta in itertools.product(alphas, betas):
-        folder = out / f"alpha{alpha}-beta{beta}"
-        flags = {"alpha": alpha, "learning_rate": beta, "out": str(folder), "search": False}
-        try:
-            scores.append(train(argparse.Namespace(**{**vars(args), **flags})))
-            folders.append(folder)
-        except Diverged as error:  # a pair at which it diverges is no choice
-            if is_first:
-                print(f"{folder}: {error}", flush=True)
-
-    if not scores:
-        raise Diverged(f"{out}: it diverges with every pair of rates; give another --model")
-    best = best_of(scores)
-    if is_first:
-        for name in ("adapter_model.safetensors", "adapter_config.json", "metapt.json"):
-            content = (folders[best] / name).read_bytes()
-            write_atomically(out / name, lambda file: file.write(content))
-        print(
-            f"wrote {out}: the prompt of {folders[best]}, the best of {len(folders)} by its "
-            f"validation accuracy of {scores[best]['accuracy']:.1%}"
-        )
+    step = checkpoint.get("step", 0)
+    moments = {name: tensors[name] for name in MOMENTS}
+    optimizer.state[prompt] = {"step": torch.tensor(float(step)), **moments}
+    if checkpoint and rank_and_world()[0] == 0:
+        print(f"{args.out} stands at step {step:,}", flush=True)
+    return Progress(prompt, tensors["best"], optimizer, step, checkpoint.get("log", []))
 
 
 # - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the flags
@@ -454,7 +409,6 @@ def make_parser():
     add("--source-size", type=number(1), help="source examples, drawn at random (default: all)")
     add("--validation", type=number(1), default=640, help="examples held out over all clusters")
     add("--max-length", type=number(1), default=script.MAX_LENGTH, help="tokens of a text at most")
-    add("--search", action="store_true", help="tries A.3's learning rates and keeps the best")
     add("--seed", type=number(0), default=1, help="of the random prompt, the split and every draw")
 
     add = parser.add_argument_group("how long").add_argument
@@ -471,7 +425,7 @@ def make_parser():
 
 
 def main(argv=None):
-    """Reads the flags and learns a prompt, or with --search one for every pair of rates."""
+    """Reads the flags and learns a prompt."""
     args = make_parser().parse(argv)
     for name, value in SETTINGS[args.method].items():
         if getattr(args, name) is None:
@@ -479,14 +433,15 @@ def main(argv=None):
     script.set_machine(args)
     if args.method == "ppt" and rank_and_world()[1] > 1:
         raise InputError("--method ppt works in one process: start it without torchrun")
-    search(args) if args.search else train(args)
+    train(args)
 
 
 def main_demo():
     """MetaPT and PPT at once on the offline demo, as demo/maml.json and demo/ppt.json say."""
     offline = runpy.run_path(str(Path(__file__).with_name("offline") / "demo.py"))
-    folder, methods = offline["demo"](), ("maml", "ppt")
-    offline["at_once"](*(["train_meta.py", "--config", folder / f"{m}.json"] for m in methods))
+    folder = offline["demo"]()
+    configs = (folder / "maml.json", folder / "ppt.json")
+    offline["at_once"](*(["train_meta.py", "--config", config] for config in configs))
     print("now: python finetune.py")
 
 

@@ -37,8 +37,7 @@ t5-base  MetaPT(Y),lda    44.10±0.83
 t5-base  MetaPT(Y),random 42.95±1.05
 t5-base  MetaPT(Y),label  42.84±0.76
 """
-DATA = ("task.json", "train.jsonl", "test.jsonl")  # what the name of a task stands for
-# What a figure's horizontal axis can show, and what beside it tells its lines apart.
+# What a figure's horizontal axis can show, and what beside it tells its curves apart.
 AXES = {"shots": [], "source_size": ["shots", "clusters"], "clusters": ["shots", "source_size"]}
 
 
@@ -56,8 +55,10 @@ def table_lines(rows, x="shots"):
     """The Lines of results, by model and x. Where x is not the shots, a line is of all prompts of
     one x. A training counts once, in whatever folder it lies: its newest run does."""
     made_of = [row["made_of"] for row in rows]
-    models = tell_apart([Path(row["model"]).name for row in rows], [m["--model"] for m in made_of])
-    tasks = tell_apart([row["task"] for row in rows], [[m[file] for file in DATA] for m in made_of])
+    t5s = [made["--model"] for made in made_of]
+    models = tell_apart([Path(row["model"]).name for row in rows], t5s)
+    data = [[made["task.json"], made["train.jsonl"], made["test.jsonl"]] for made in made_of]
+    tasks = tell_apart([row["task"] for row in rows], data)
 
     # A prompt without a recipe, PEFT's, is its own.
     recipes = [row.get("recipe") or row["made_of"]["start"] or row["prompt"] for row in rows]
@@ -65,26 +66,28 @@ def table_lines(rows, x="shots"):
     folders = {}
     for row, method, recipe in zip(rows, methods, recipes):
         folders.setdefault((method, recipe), {})[row["prompt"]] = None
-    prompts = tell_apart([", ".join(folders[key]) for key in zip(methods, recipes)], recipes)
+    names = [", ".join(folders[method, recipe]) for method, recipe in zip(methods, recipes)]
+    prompts = tell_apart(names, recipes)
 
     lines = {}
-    for i, (row, details) in enumerate(zip(rows, unusual_settings(rows, AXES[x]))):
+    unusual = unusual_settings(rows, AXES[x])
+    for i, row in enumerate(rows):
+        details = list(unusual[i])
         if x == "shots" and row["tuning"] == "pt":
-            details = [prompts[i], *details]
-        name = (models[i], row[x], methods[i], ", ".join(details))
-        line = lines.setdefault(name, Line(*name, row, {}))
-        training = recipes[i], row.get("prompt_seed")
+            details.insert(0, prompts[i])
+        key = (models[i], row[x], methods[i], ", ".join(details))
+        line = lines.setdefault(key, Line(*key, row, {}))
+        training = (recipes[i], row.get("prompt_seed"))
         line.runs.setdefault(tasks[i], {})[training, row["seed"]] = row
 
-    return sorted(lines.values(), key=lambda line: line[:2])
+    return sorted(lines.values(), key=lambda line: (line.model, line.x))
 
 
 def tell_apart(names, values):
     """The names of the values, behind a name that has several the beginning of each one's digest."""
-    digests = list(map(digest, values))
-    several = Counter(name for name, _ in set(zip(names, digests)))
-    both = zip(names, digests)
-    return [name if several[name] == 1 else f"{name} ({value[:6]})" for name, value in both]
+    pairs = list(zip(names, map(digest, values)))
+    count = Counter(name for name, _ in set(pairs))
+    return [name if count[name] == 1 else f"{name} ({value[:6]})" for name, value in pairs]
 
 
 def unusual_settings(rows, facts):
@@ -92,17 +95,21 @@ def unusual_settings(rows, facts):
     facts; those that all rows share are left out."""
     defaults = vars(finetune.make_parser().parse_args([]))
     defaults |= {"max_length": script.MAX_LENGTH, "prompt_length": 100}
-    texts, values = [], {}
+    unusual = []
+    values = {}
     for row in rows:
         usual = {**defaults, **finetune.SETTINGS[row["tuning"]]}
-        texts.append({})
-        for name, value in {**row["settings"], **{f: row.get(f) for f in facts}}.items():
+        texts = {}
+        for name, value in {**row["settings"], **{fact: row.get(fact) for fact in facts}}.items():
             text = name if value is True else f"{name} {value}"
-            text = "search" if value == finetune.RATES else text
-            texts[-1][name] = None if value == usual.get(name) else text
-            values.setdefault(name, set()).add(texts[-1][name])
+            texts[name] = "" if value == usual.get(name) else text
+            values.setdefault(name, set()).add(texts[name])
+        unusual.append(texts)
 
-    return [[t for name, t in text.items() if t and len(values[name]) > 1] for text in texts]
+    shared = {name for name, of_rows in values.items() if len(of_rows) == 1}
+    for i, texts in enumerate(unusual):
+        unusual[i] = [text for name, text in texts.items() if text and name not in shared]
+    return unusual
 
 
 def comparable(line, lines, task):
@@ -113,8 +120,9 @@ def comparable(line, lines, task):
         names = finetune.SHARED
         if other.row["tuning"] == line.row["tuning"]:
             names = (*names, *finetune.OWN[line.row["tuning"]], "prompt_length")
-        ours, theirs = ([one.row["settings"].get(n) for n in names] for one in (line, other))
-        if task in other.runs and (line[:2], ours) == (other[:2], theirs):
+        ours = [line.row["settings"].get(name) for name in names]
+        theirs = [other.row["settings"].get(name) for name in names]
+        if task in other.runs and (line.model, line.x, ours) == (other.model, other.x, theirs):
             alike.append(other)
     return alike
 
@@ -123,11 +131,12 @@ def add_means(lines):
     """Gives each line that has every task the mean over them as one more, run by run."""
     tasks = {task for line in lines for task in line.runs}
     for line in lines:
-        if 1 < len(tasks) == len(line.runs):
-            several = list(line.runs.values())
-            for run in [run for run in several[0] if all(run in runs for runs in several)]:
-                mean = np.mean([runs[run]["accuracy"] for runs in several])
-                line.runs.setdefault(f"mean of {len(tasks)}", {})[run] = {"accuracy": mean}
+        of_tasks = list(line.runs.values())
+        for run in of_tasks[0]:
+            accuracies = [runs[run]["accuracy"] for runs in of_tasks if run in runs]
+            if 1 < len(accuracies) == len(tasks):
+                means = line.runs.setdefault(f"mean of {len(tasks)}", {})
+                means[run] = {"accuracy": np.mean(accuracies)}
 
 
 def fill_table(lines, cell):
@@ -149,15 +158,18 @@ def score_table(lines):
     def cell(line, task):
         runs = line.runs[task]
         mean, _, count = spread(runs.values())
-        means = [spread(one.runs[task].values())[0] for one in comparable(line, lines, task)]
+        rivals = comparable(line, lines, task)
+        best = max(spread(rival.runs[task].values())[0] for rival in rivals)
         text = in_points(runs.values())
-        if len(means) > 1 and mean == max(means):
+        if len(rivals) > 1 and mean == best:
             text = f"**{text}**"
 
-        trainings, seeds = (len(set(part)) for part in zip(*runs))
-        complete = min(trainings, seeds) > 1 and count == trainings * seeds
-        if trainings > 1 or count != 5:
-            text += f" ({trainings} × {seeds})" if complete else f" ({count})"
+        trainings = len({training for training, _ in runs})
+        seeds = len({seed for _, seed in runs})
+        if min(trainings, seeds) > 1 and count == trainings * seeds:
+            text += f" ({trainings} × {seeds})"
+        elif trainings > 1 or count != 5:
+            text += f" ({count})"
 
         theirs = paper_value(line, task)
         if theirs:
@@ -176,8 +188,7 @@ def paper_value(line, task):
 
 
 def gain(ours, theirs):
-    """How far we are ahead of them on average, and half of the 95 % t interval of that; None where
-    nothing varies.
+    """The mean gain of ours over theirs, and half its 95 % t interval; None where nothing varies.
 
     ours, theirs: scores [trainings of a prompt, draws of examples], nan where there is none; one
     column where no draw enters. Both are tuned on the same draws, so these are compared in pairs.
@@ -185,17 +196,20 @@ def gain(ours, theirs):
     interval is then about the next training and the next draw.
     """
     gains = np.nanmean(ours, axis=0) - np.nanmean(theirs, axis=0)
-    vectors = [gains]
+    samples = [gains]
     for scores in (ours, theirs):
         complete = scores[:, ~np.isnan(scores).any(axis=0)]  # the draws that every training has
-        vectors += [complete.mean(axis=1)] if complete.size else []
+        if complete.size:
+            samples.append(complete.mean(axis=1))
 
-    variances = [(v.var(ddof=1) / len(v), len(v) - 1) for v in vectors if len(v) > 1]
-    variance = sum(one for one, _ in variances)
+    samples = [sample for sample in samples if len(sample) > 1]
+    variances = np.array([sample.var(ddof=1) / len(sample) for sample in samples])
+    variance = variances.sum()
     if variance < 1e-12:  # squared points: rounding, for no test split is so large
         return gains.mean(), None
     # Welch and Satterthwaite's degrees of freedom, of a sum of variances.
-    freedom = variance**2 / sum(one**2 / degrees for one, degrees in variances)
+    degrees = np.array([len(sample) - 1 for sample in samples])
+    freedom = variance**2 / (variances**2 / degrees).sum()
     return gains.mean(), stats.t.ppf(0.975, freedom) * variance**0.5
 
 
@@ -214,17 +228,19 @@ def gain_table(lines, against):
     """Table 1: every line's gain over the first comparable line called `against`, its interval."""
 
     def cell(line, task):
-        called = [one for one in comparable(line, lines, task) if against in names_of(one)]
+        called = [other for other in comparable(line, lines, task) if against in names_of(other)]
         if not called or called[0] is line:
             return "-"
 
-        both = line.runs[task], called[0].runs[task]
-        drawn = [{seed for _, seed in runs if seed is not None} for runs in both]
-        seeds = list(drawn[0] & drawn[1] if all(drawn) else drawn[0] | drawn[1])
-        if any(drawn) and len(seeds) < 2:
+        runs = [*line.runs[task], *called[0].runs[task]]
+        seeds = sorted({seed for _, seed in runs} - {None}) or [None]
+        ours = scores_of(line.runs[task], seeds)
+        theirs = scores_of(called[0].runs[task], seeds)
+        shared = ~np.isnan(ours).all(axis=0) & ~np.isnan(theirs).all(axis=0)
+        if shared.sum() < 2 and seeds != [None]:
             return "-"
 
-        mean, half = gain(*(scores_of(runs, seeds or [None]) for runs in both))
+        mean, half = gain(ours[:, shared], theirs[:, shared])
         if half is None:
             return f"{mean:+.2f}"
         text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
@@ -234,78 +250,59 @@ def gain_table(lines, against):
 
 
 def names_of(line):
-    """What a line may be called: by its method, by its prompt, or by a part of that."""
-    return [name for name in (line.method, line.prompt, *line.prompt.split(", ")) if name]
-
-
-def find_reference(lines, wanted=None):
-    """The name in `lines` to compare with: `wanted`, where ppt may stand for PPT, or else MetaPT if
-    there is one. Raises InputError where no line is called so."""
-    names = list(dict.fromkeys(name for line in lines for name in names_of(line)))
-    wanted = wanted or ("MetaPT" if "MetaPT" in names else names[0])
-    alike = [name for name in names if name.lower() == wanted.lower()]
-    if not alike:
-        raise InputError(f"--against: no {wanted} to compare with, only {', '.join(names)}")
-    return wanted if wanted in alike else alike[0]
+    """What a line may be called: by its method, or by a part of its prompt."""
+    return [name for name in (line.method, *line.prompt.split(", ")) if name]
 
 
 # --------------------------------------------------------------------------- Figures 2, 3a and 3b
 
 
 def curves(rows, x):
-    """{name: {task: {x: runs}}}: the lines of Figure 2 (x is shots), 3a (source_size) or 3b
-    (clusters), of two points or more each; a point of Figure 3 is of all prompts of its size or
-    number. Raises InputError where there is none."""
-    by_name = {}
-    for line in table_lines([row for row in rows if isinstance(row.get(x), int)], x):
-        curve = by_name.setdefault((line.method, line.prompt, line.model), {})
+    """{name: {task: {x: runs}}}: the curves of Figure 2 (x is shots), 3a (source_size) or 3b
+    (clusters), of two points or more each. Raises InputError where there is none."""
+    by_key = {}
+    for line in table_lines([row for row in rows if row.get(x)], x):  # a log axis has no 0
+        curve = by_key.setdefault((line.method, line.prompt, line.model), {})
         for task, runs in line.runs.items():
             curve.setdefault(task, {})[line.x] = runs
-    by_name = {n: curve for n, curve in by_name.items() if max(map(len, curve.values())) > 1}
-    if not by_name:
-        raise InputError(f"no method was run with more than one value of {x}: run one with several")
+    by_key = {key: curve for key, curve in by_key.items() if max(map(len, curve.values())) > 1}
+    if not by_key:
+        raise InputError(f"no method was run with two values of {x} above 0: run one with several")
 
-    methods = Counter(method for method, _, _ in by_name)
-    models = {model for _, _, model in by_name}
-    labelled = {}
-    for name, curve in by_name.items():
-        # What is behind the method only where another line is of the same one.
-        parts = name if len(models) > 1 else name[:2]
-        labelled[", ".join(filter(None, parts)) if methods[name[0]] > 1 else name[0]] = curve
-    return labelled
+    methods = Counter(method for method, _, _ in by_key)
+    named = {}
+    for key, curve in by_key.items():
+        parts = key if methods[key[0]] > 1 else key[:1]
+        named[", ".join(filter(None, parts))] = curve
+    return named
 
 
-def plot(curves, x):
+def plot(named_curves, x):
     """Figure 2 or 3: a panel for each task, a line for each method, the mean over the seeds in a
     band of one standard deviation. Returns matplotlib's figure."""
-    tasks = list(dict.fromkeys(task for curve in curves.values() for task in curve))
+    tasks = list(dict.fromkeys(task for curve in named_curves.values() for task in curve))
     figure = Figure(figsize=(1 + 4 * len(tasks), 4.5), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for panel, task in zip(panels, tasks):
         styles = itertools.cycle(["o-", "s--", "^:", "D-.", "v-", "P--"])
-        drawn = []
-        for curve, style in zip(curves.values(), styles):
-            xs = list(curve.get(task, {}))
-            points = [spread(curve[task][at].values())[:2] for at in xs]
+        for curve, style in zip(named_curves.values(), styles):
+            at = list(curve.get(task, {}))
+            points = [spread(curve[task][place].values())[:2] for place in at]
             means, deviations = np.array(points).reshape(-1, 2).T
-            drawn += panel.plot(xs, means, style)
-            panel.fill_between(xs, means - deviations, means + deviations, alpha=0.15, linewidth=0)
+            panel.plot(at, means, style)
+            panel.fill_between(at, means - deviations, means + deviations, alpha=0.15, linewidth=0)
 
-        marks = sorted({at for curve in curves.values() for at in curve.get(task, {})})
-        base = 2 if x == "shots" else 10
-        if marks[0] == 0:  # which has its place left of the least other number
-            panel.set_xscale("symlog", base=base, linthresh=next(filter(None, marks), 1))
-        elif x != "clusters":
-            panel.set_xscale("log", base=base)
+        marks = sorted({at for curve in named_curves.values() for at in curve.get(task, {})})
+        if x != "clusters":
+            panel.set_xscale("log")
         panel.set_xticks(marks, [f"{at:,}" for at in marks], rotation=30 * (x == "source_size"))
         panel.minorticks_off()
         panel.set_xlabel({"shots": "training examples", "source_size": "source examples"}.get(x, x))
-        panel.set_title(task, parse_math=False)  # a name is text, whatever it holds
+        panel.set_title(task)
 
     panels[0].set_ylabel("accuracy in points")
     place = {"loc": "outside lower center", "ncols": min(4, 2 * len(tasks)), "frameon": False}
-    for text in figure.legend(drawn, list(curves), **place).get_texts():
-        text.set_parse_math(False)
+    figure.legend(panels[0].get_lines(), list(named_curves), **place)
     return figure
 
 
@@ -335,7 +332,10 @@ def main(argv=None):
     with input_errors(args.results, "give what finetune.py wrote"):
         lines = table_lines(rows)
         add_means(lines)
-        against = find_reference(lines, args.against)
+        names = list(dict.fromkeys(name for line in lines for name in names_of(line)))
+    against = args.against or ("MetaPT" if "MetaPT" in names else names[0])
+    if against not in names:
+        raise InputError(f"--against: no {against} to compare with, only {', '.join(names)}")
 
     print_table(SCORES, score_table(lines))
     print(finetune.LEGEND)

@@ -1,15 +1,11 @@
 """
 How fast the meta-gradient and prompt tuning are, beside the textbook loop and other libraries. The
-T5 has random weights of a public T5's shape; nothing is downloaded. README.md has the numbers.
+T5 has random weights of a public T5's shape; nothing is downloaded. The README.md beside this file
+has the numbers and their commands.
 
     python figures/speed.py                                                    # a tiny T5
     python figures/speed.py --shape small --sst --rounds 3 --compare loop higher
-    python figures/speed.py --only downstream                                  # beside peft
-    python figures/speed.py --shape large --only step --tasks 1 --tasks-per-pass 1 --compare   # GiB
     python figures/speed.py --shape small --only step --exact --dtype bfloat16   # its error
-
-What is compared is timed in turn, round by round: the median and the spread, least to most, of the
-rounds, and the peak of memory above what was in use before. Gradients are held against each other.
 """
 
 import ctypes
@@ -52,7 +48,7 @@ def with_higher(model, prompt, supports, queries, alpha):
     return torch.autograd.grad(total, module[0])[0], total.detach()
 
 
-OTHERS = {"loop": textbook_meta_gradient, "higher": with_higher}
+OTHERS = {"loop": textbook_meta_gradient, "higher": with_higher}  # by their names for --compare
 
 
 def with_peft(model, prompt):
@@ -60,8 +56,9 @@ def with_peft(model, prompt):
     with input_errors("--only downstream", "pip install peft"):
         import peft
 
-    form = {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 1}
-    config = peft.PromptTuningConfig(num_virtual_tokens=len(prompt), **form)
+    config = peft.PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=len(prompt), num_transformer_submodules=1
+    )
     theirs = peft.get_peft_model(model.t5, config).eval()
     weight = theirs.prompt_encoder.default.embedding.weight
     weight.data.copy_(prompt)
@@ -76,14 +73,11 @@ def with_peft(model, prompt):
 
 # ----------------------------------------------------------------- The T5s and texts that are timed
 
-
-V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 SHAPES = {
     "tiny": dict(d_model=16, d_ff=32, num_heads=2, num_layers=2, d_kv=8, vocab_size=1100),
     "small": dict(d_model=512, d_ff=2048, num_heads=8, num_layers=6),
     "base": dict(d_model=768, d_ff=3072, num_heads=12, num_layers=12),
     "large": dict(d_model=1024, d_ff=4096, num_heads=16, num_layers=24),
-    "xl": dict(d_model=2048, d_ff=5120, num_heads=32, num_layers=24, **V1_1),
 }
 TASK = Task("speed", TEMPLATE, WORDS[5])
 VOCABULARY = [f"w{i}" for i in range(1000)]
@@ -108,11 +102,11 @@ def make_model(shape, device, dtype="float32", faster=True):
 def make_examples(count, length, sst=False):
     """Random examples whose H(x) has `length` tokens each, or as many as SST's sentences."""
     rng = random.Random(0)
-    lengths = SST.split() if sst else [length]
+    lengths = list(map(int, SST.split())) if sst else [length]
+    template = 5  # tokens: a stop, It, was, <X>, </s>
     examples = []
     for i in range(count):
-        template = 5  # tokens: a stop, It, was, <X>, </s>
-        words = rng.choices(VOCABULARY, k=int(lengths[i % len(lengths)]) - template)
+        words = rng.choices(VOCABULARY, k=lengths[i % len(lengths)] - template)
         examples.append({"text": " ".join(words), "label": rng.randrange(len(TASK.words))})
     return examples
 
@@ -145,14 +139,17 @@ def compare(title, ways, args, exact=None):
     """Times functions in turn, round by round. Prints of each the median and the spread of its
     seconds, the median as a multiple of the first one's, its peak of memory, and where it returns
     (gradient, ...) that one's error against the exact gradient, or the first, and their cosine."""
-    peaks, errors = {}, {}
+    peaks = {}
+    errors = {}
     for name, way in ways.items():  # which warms up, too
         result, peaks[name] = peak_memory(way, args.device)
         errors[name] = ""
         if isinstance(result, tuple):
-            a = result[0].cpu().double().flatten()
-            b = exact = a if exact is None else exact.flatten()
-            errors[name] = f"{(a - b).norm() / b.norm():10.1e}{a @ b / a.norm() / b.norm():10.5f}"
+            gradient = result[0].cpu().double().flatten()
+            exact = gradient if exact is None else exact.flatten()
+            error = (gradient - exact).norm() / exact.norm()
+            cosine = F.cosine_similarity(gradient, exact, dim=0)
+            errors[name] = f"{error:10.1e}{cosine:10.5f}"
 
     seconds = {name: [] for name in ways}
     for _ in range(args.rounds):
@@ -163,11 +160,11 @@ def compare(title, ways, args, exact=None):
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
 
-    first = statistics.median(next(iter(seconds.values())))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    first = next(iter(medians.values()))
     print(f"\n{title:32}  seconds            (spread)  of first  peak GiB     error    cosine")
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        spread = f"({min(times):.4f} to {max(times):.4f})"
+    for name, median in medians.items():
+        spread = f"({min(seconds[name]):.4f} to {max(seconds[name]):.4f})"
         columns = f"{median:9.4f}{spread:>20}{median / first:10.2f}{peaks[name]:10.3f}"
         print(f"{name:32}{columns}{errors[name]}", flush=True)
 
@@ -206,8 +203,9 @@ def time_downstream(model, plain, prompt, examples, args):
         batches = model.batches(examples)
         return [logits(batch)[:, model.word_ids].argmax(-1).tolist() for batch in batches]
 
-    for title, way in (("prompt tuning's step, 32 texts", step), ("an evaluation", evaluation)):
-        compare(title, {name: partial(way, *side) for name, side in sides.items()}, args)
+    parts = {"prompt tuning's step, 32 texts": step, "an evaluation": evaluation}
+    for title, part in parts.items():
+        compare(title, {name: partial(part, *side) for name, side in sides.items()}, args)
 
 
 def main(argv=None):

@@ -14,7 +14,6 @@ import script  # first: it sets how PyTorch takes its memory
 
 import os
 import random
-import shlex
 import subprocess
 
 import data
@@ -102,8 +101,9 @@ def arguments(out, making):
     """What the scripts are to be called with, of sizes that suit this T5, by the name of a file."""
     small = {"model": f"{out}/t5", "prompt_length": 20, "max_length": 128, "threads": 1}
     meta = {**small, "source": f"{out}/source/clustered.jsonl", "validation": 400, "seed": making}
-    tune = {**small, "task": [f"{out}/{domain}" for domain in TASK_DOMAINS]}
-    tune |= {"out": f"{out}/results.jsonl", "seeds": list(range(5 * making - 4, 5 * making + 1))}
+    tasks = [f"{out}/{domain}" for domain in TASK_DOMAINS]
+    seeds = list(range(5 * making - 4, 5 * making + 1))
+    tune = {**small, "task": tasks, "out": f"{out}/results.jsonl", "seeds": seeds}
     return {
         "maml": {**meta, "out": f"{out}/maml", "max_steps": 300, "eval_every": 50},
         "ppt": {**meta, "method": "ppt", "out": f"{out}/ppt", "max_steps": 2000, "eval_every": 200},
@@ -140,7 +140,7 @@ def write_demo(out, steps, making):
     flags += ["--out", f"{out}/t5", "--restart", "--max-steps", str(steps), "--seed", str(making)]
     flags += "--d-model 64 --d-ff 128 --heads 4 --layers 2 --max-length 48 --batch-size 32".split()
     flags += "--labelled 32 --excerpts 0.25 --eval-every 100 --learning-rate 0.02".split()
-    print(f"$ python offline/small_t5.py {shlex.join(flags)}", flush=True)
+    print(f"$ python offline/small_t5.py {' '.join(flags)}", flush=True)
     small_t5.main(flags)
 
 
@@ -172,8 +172,8 @@ def at_once(*commands):
 
     with script.stop_signal():  # which reaches the processes too, and these save what they have
         statuses = [process.wait() for process in processes]
-    for status in filter(None, statuses):
-        sys.exit(status)
+    if any(statuses):
+        sys.exit(next(filter(None, statuses)))
 
 
 def main(argv=None):

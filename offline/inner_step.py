@@ -2,8 +2,7 @@
 What the inner step of Equation 1 does at a prompt, what is left of it in Equation 2, and how fast
 the prompt adapts to a task:
 
-    python offline/inner_step.py --source source/kmeans10.jsonl --prompt random prompts/metapt
-    python offline/inner_step.py --source ... --prompt ... --task tasks/sst2 --out inner_step.jsonl
+    python offline/inner_step.py --source source/kmeans10.jsonl --prompt prompts/metapt --task ...
 
 Over meta-steps of examples that train_meta.py holds out: how far Equation 1 moves the prompt,
 α|∇L|/|P|; a query's loss before and after it; and the cosine between Equation 2's gradient and that
@@ -79,6 +78,17 @@ def read_draw(folder, seed, max_test):
     return task, [examples[row] for row in rows], [test[row] for row in chosen]
 
 
+def measure(model, prompt, held_out, args):
+    """The means of inner_step's four over args.steps meta-steps of held-out examples."""
+    measures = []
+    for step in range(args.steps):
+        supports, queries = draw(held_out, M, args.seed, step)
+        supports = [model.encode(examples) for examples in supports]
+        queries = [model.encode(examples) for examples in queries]
+        measures.append(inner_step(model, prompt, supports, queries, args.alpha))
+    return np.mean(measures, axis=0).tolist()
+
+
 def main(argv=None):
     """Prints a line for each prompt, and adds it to --out."""
     parser = script.Parser(__doc__)
@@ -98,15 +108,13 @@ def main(argv=None):
     script.add_precision(parser.add_machine())
     args = parser.parse(argv)
     script.set_machine(args)
-
     t5, tokenizer = load_t5(args.model, args.device, args.dtype)
     source_task = Task.load(Path(args.source).parent)
     model = PromptedT5(t5, tokenizer, source_task, args.max_length)
     examples = list(data.read_examples(args.source, source_task))
     _, held_out = split_clusters(examples, args.validation, M, seed=args.seed)
-    tasks = [read_draw(folder, args.seed, args.max_test) for folder in args.task]
+    draws = [read_draw(folder, args.seed, args.max_test) for folder in args.task]
 
-    out = Path(args.out) if args.out else None
     table = [["prompt", "α|∇L|/|P|", "query loss", "after Eq. 1", "cosine"]]
     for name in args.prompt:
         if name == "random":
@@ -114,25 +122,17 @@ def main(argv=None):
         else:
             prompt = load_prompt(name, t5.config.d_model)[0].to(model.device)
 
-        measures = []
-        for step in range(args.steps):
-            sides = draw(held_out, M, args.seed, step)
-            supports, queries = ([model.encode(examples) for examples in side] for side in sides)
-            measures.append(inner_step(model, prompt, supports, queries, args.alpha))
-        moved, before, after, cosine = np.mean(measures, axis=0).tolist()
-        table.append([name, f"{moved:.2%}", f"{before:.3f}", f"{after:.3f}", f"{cosine:.3f}"])
-
+        means = measure(model, prompt, held_out, args)
+        table.append([name, f"{means[0]:.2%}", *(f"{mean:.3f}" for mean in means[1:])])
         row = {"prompt": name, "model": args.model, "seed": args.seed}
-        row |= {"moved": moved, "before": before, "after": after, "cosine": cosine, "updates": {}}
-        for task, training, test in tasks:
+        row |= {**dict(zip(("moved", "before", "after", "cosine"), means)), "updates": {}}
+        for task, training, test in draws:
             of_task = PromptedT5(t5, tokenizer, task, args.max_length)
-            batches = list(of_task.batches(test))
-            row["updates"][task.name] = accuracies(of_task, prompt, training, batches)
-        if out:
-            with script.only_writer(out, wait=True):
-                lines = out.read_text("utf-8").splitlines() if out.exists() else []
-                rows = {old["prompt"]: old for old in map(json.loads, lines)}
-                data.write_lines(out, {**rows, name: row}.values())
+            scores = accuracies(of_task, prompt, training, list(of_task.batches(test)))
+            row["updates"][task.name] = scores
+        if args.out:
+            with script.only_writer(args.out, wait=True), open(args.out, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
     print_table(f"Means over {args.steps} meta-steps", table)
 

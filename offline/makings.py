@@ -30,10 +30,13 @@ def compare(scores, against):
         for task in TASK_DOMAINS:
             own = scores[task, method]
             accuracies.append(f"{own.mean():.2f} ± {own.std(ddof=1):.2f}")
+            if method == against:
+                gains.append("")
+                continue
             gain = (own - scores[task, against]).mean(1)
-            half = stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5
-            interval = f"[{gain.mean() - half:+.2f}, {gain.mean() + half:+.2f}]"
-            gains.append(f"{gain.mean():+.2f} {interval}" if method != against else "")
+            mean = gain.mean()
+            half = stats.t.ppf(0.975, len(gain) - 1) * stats.sem(gain)
+            gains.append(f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
         table.append([method, *accuracies, *gains])
     return table
 
@@ -44,19 +47,15 @@ def make_all(out, makings):
     scores = {}
     for making in range(1, makings + 1):
         folder = demo(out / str(making), making=making)
-        config = {
-            name: ["--config", folder / f"{name}.json"] for name in ("maml", "ppt", "pt", "ft")
-        }
-        maml = ["train_meta.py", *config["maml"]]
-        at_once(maml, ["train_meta.py", *config["ppt"]])
-        at_once(
-            [*maml, "--alpha", 0, "--out", folder / "plain"],
-            [*maml, "--method", "fomaml", "--out", folder / "fomaml"],
-        )
+        maml = ["train_meta.py", "--config", folder / "maml.json"]
+        at_once(maml, ["train_meta.py", "--config", folder / "ppt.json"])
+        plain = [*maml, "--alpha", 0, "--out", folder / "plain"]
+        at_once(plain, [*maml, "--method", "fomaml", "--out", folder / "fomaml"])
 
         prompts = ["random", *(folder / name for name in ("ppt", "maml", "plain", "fomaml"))]
-        for flags in ([*config["pt"], "--prompt", *prompts], config["ft"]):
-            at_once(*(["finetune.py", *flags, "--task", folder / task] for task in TASK_DOMAINS))
+        tune = ["finetune.py", "--config", folder / "pt.json", "--prompt", *prompts]
+        for command in (tune, ["finetune.py", "--config", folder / "ft.json"]):
+            at_once(*([*command, "--task", folder / task] for task in TASK_DOMAINS))
 
         for row in read_results(folder / "results.jsonl").values():
             rows = scores.setdefault((row["task"], method_name(row)), {})

@@ -81,11 +81,12 @@ def corrupt(ids, sentinels, end, rng, density=0.15, mean_length=3):
     lengths_left = split_at_random(len(ids) - lost, spans, rng)
     lengths_lost = split_at_random(lost, spans, rng)
 
-    source, target, at = [], [], 0
+    source, target = [], []
+    start = 0
     for sentinel, keep, lose in zip(sentinels, lengths_left, lengths_lost):
-        source += [*ids[at : at + keep], sentinel]
-        target += [sentinel, *ids[at + keep : at + keep + lose]]
-        at += keep + lose
+        source += [*ids[start : start + keep], sentinel]
+        target += [sentinel, *ids[start + keep : start + keep + lose]]
+        start += keep + lose
 
     return source + [end], target + [sentinels[spans], end]
 
@@ -168,37 +169,39 @@ def make_t5(args):
         raise InputError(f"{out}: a T5 stands there already; give another --out, or --restart")
 
     tasks = [Task.load(folder) for folder in args.task]
-    splits = []
+    by_class, held_out = [], []
     for folder, task in zip(args.task, tasks):
-        splits.append(data.read_splits(Path(folder), task, args.validation, args.seed))
-    by_class = [classes_of(training) for training, _ in splits]
+        examples, validation = data.read_splits(Path(folder), task, args.validation, args.seed)
+        by_class.append(classes_of(examples))
+        held_out.append(validation)
 
     words = [word for task in tasks for word in task.words]
     tokenizer, stream, held_out_stream = read_tokens(args, words)
     t5 = new_t5(args, len(tokenizer)).to(args.device)
-    models = [PromptedT5(t5, tokenizer, task, args.max_length) for task in tasks]
+    prompted = [PromptedT5(t5, tokenizer, task, args.max_length) for task in tasks]
     t5.requires_grad_(True)  # which PromptedT5 has frozen
-    optimizer = Adafactor(t5.parameters(), args.learning_rate, beta1=0.9, relative_step=False)
-    rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, warmup=100)
+    batches = [list(model.batches(examples)) for model, examples in zip(prompted, held_out)]
     windows = partial(draw_windows, tokenizer=tokenizer, longest=args.max_length)
+    rng = np.random.default_rng(args.seed)
+    held_out_windows = [windows(held_out_stream, 64, rng=rng) for _ in range(8)]
 
     def draw(step):
         rng = np.random.default_rng([args.seed, step])
         i = step % len(tasks)
         examples = draw_labelled(by_class[i], tasks[i].fields, args.labelled, args.excerpts, rng)
-        return windows(stream, args.batch_size, rng=rng), models[i], models[i].encode(examples)
+        labelled = prompted[i].encode(examples)
+        return windows(stream, args.batch_size, rng=rng), prompted[i], labelled
 
-    batches = [list(model.batches(examples)) for model, (_, examples) in zip(models, splits)]
-    rng = np.random.default_rng(args.seed)
-    held_out_windows = [windows(held_out_stream, 64, rng=rng) for _ in range(8)]
-
+    optimizer = Adafactor(t5.parameters(), args.learning_rate, beta1=0.9, relative_step=False)
+    rate = lambda step: args.learning_rate * linear_schedule(step, args.max_steps, warmup=100)
     dtype = getattr(torch, args.dtype)
     steps = pretrain(t5, draw, optimizer, range(args.max_steps), rate, dtype)
     log = []
     bar = tqdm(steps, "pretrain", args.max_steps, unit=" steps", disable=None)
     for step, _ in enumerate(bar, 1):
         if step % args.eval_every == 0 or step == args.max_steps:
-            log.append({"step": step, **validate(t5, models, held_out_windows, batches, dtype)})
+            score = validate(t5, prompted, held_out_windows, batches, dtype)
+            log.append({"step": step, **score})
             tqdm.write(" ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
 
     data.save_model(out, t5, tokenizer)
@@ -210,22 +213,21 @@ def make_t5(args):
 def read_tokens(args, words):
     """A tokenizer learned from the corpus, the corpus as one stream of its token ids, and one in a
     hundred documents as another stream. Raises InputError."""
-    learn_from = [itertools.islice(data.read_documents(path), 20_000) for path in args.corpus]
-    texts = (text[:2000] for text in itertools.chain(*learn_from) if text)
+    beginnings = [itertools.islice(data.read_documents(path), 20_000) for path in args.corpus]
+    texts = (text[:2000] for text in itertools.chain(*beginnings) if text)
     with input_errors(args.corpus[0], "raise --pieces"):
         tokenizer = learn_tokenizer(texts, words, args.pieces)
 
-    documents = itertools.chain(*(data.read_documents(path) for path in args.corpus))
+    documents = itertools.chain.from_iterable(map(data.read_documents, args.corpus))
     documents = tqdm(filter(None, documents), "reading", unit=" documents", disable=None)
-    most, few = [], []
+    stream, held_out = [], []
     for i, text in enumerate(documents):
         ids = np.array(tokenizer(text, verbose=False).input_ids, dtype=np.uint32)
-        (few if i % 100 == 0 else most).append(ids)
+        (held_out if i % 100 == 0 else stream).append(ids)
 
-    streams = [np.concatenate([np.zeros(0, np.uint32), *part]) for part in (most, few)]
-    if min(map(len, streams)) <= args.max_length:
+    if min(sum(map(len, stream)), sum(map(len, held_out))) <= args.max_length:
         raise InputError(f"{args.corpus[0]}: too little text to pre-train on; give more --corpus")
-    return tokenizer, *streams
+    return tokenizer, np.concatenate(stream), np.concatenate(held_out)
 
 
 def new_t5(args, pieces):
@@ -256,23 +258,24 @@ def classes_of(examples):
     return [by_class[label] for label in sorted(by_class)]
 
 
-def validate(t5, models, windows, validations, dtype):
+def validate(t5, prompted, windows, batches, dtype):
     """The mean loss of held-out windows, and the mean accuracy and loss at the mask of the tasks'
     held-out examples, without a prompt."""
-    losses = []
+    losses, scores = [], []
     with torch.no_grad(), torch.autocast(t5.device.type, dtype, enabled=dtype != torch.float32):
-        for batch in windows:
-            batch = {name: rows.to(t5.device) for name, rows in batch.items()}
-            losses.append(t5(**batch, use_cache=False).loss.item())
-        scores = [model.evaluate(model.no_prompt(), b) for model, b in zip(models, validations)]
+        for window in windows:
+            inputs = {name: rows.to(t5.device) for name, rows in window.items()}
+            losses.append(t5(**inputs, use_cache=False).loss.item())
+        for model, of_task in zip(prompted, batches):
+            scores.append(model.evaluate(model.no_prompt(), of_task))
 
     mean = lambda name: float(np.mean([score[name] for score in scores]))
     loss = float(np.mean(losses))
     return {"loss": loss, "label_loss": mean("loss"), "accuracy": mean("accuracy")}
 
 
-def main(argv=None):
-    """Reads the flags and makes the T5."""
+def make_parser():
+    """The flags of this script."""
     parser = script.Parser(__doc__)
     add = parser.add_argument_group("where").add_argument
     add("--corpus", required=True, nargs="+", metavar="FILE", help="texts, as .jsonl or .txt")
@@ -292,36 +295,24 @@ def main(argv=None):
     add("--eval-every", type=number(1), default=250, help="steps from a validation to the next")
     add("--batch-size", type=number(1), default=16, help="windows of the corpus in a step")
     add("--labelled", type=number(1), default=64, help="labelled examples in a step")
-    add(
-        "--excerpts",
-        type=number(0.0, 1.0),
-        default=0.5,
-        help="share of the labelled examples that is cut to 1 to 3 sentences",
-    )
-    add(
-        "--learning-rate",
-        type=number(1e-12),
-        default=0.01,
-        help="Adafactor's: it rises for 100 steps, then falls to 0",
-    )
-    add(
-        "--validation",
-        type=number(1),
-        default=500,
-        help="examples of a task to validate on, where it has no validation.jsonl",
-    )
+    excerpts = "share of the labelled examples that is cut to 1 to 3 sentences"
+    add("--excerpts", type=number(0.0, 1.0), default=0.5, help=excerpts)
+    rate = "Adafactor's: it rises for 100 steps, then falls to 0"
+    add("--learning-rate", type=number(1e-12), default=0.01, help=rate)
+    held_out = "examples of a task to validate on, where it has no validation.jsonl"
+    add("--validation", type=number(1), default=500, help=held_out)
     add("--max-length", type=number(1), default=64, help="tokens of a text at most")
     add("--seed", type=number(0), default=1, help="of the weights and of every draw")
 
-    machine = parser.add_machine()
-    machine.add_argument(
-        "--dtype",
-        default="float32",
-        choices=["float32", "bfloat16"],
-        help="precision of the products; bfloat16 is faster where the device knows it",
-    )
+    add = parser.add_machine().add_argument
+    precision = "precision of the products; bfloat16 is faster where the device knows it"
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help=precision)
+    return parser
 
-    args = parser.parse(argv)
+
+def main(argv=None):
+    """Reads the flags and makes the T5."""
+    args = make_parser().parse(argv)
     script.set_machine(args)
     with script.only_writer(args.out):
         make_t5(args)

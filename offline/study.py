@@ -1,5 +1,5 @@
 """
-The study of held-out domains: is it the inner step that makes MetaPT's prompt, and are it K-means'
+The study of held-out domains: is it the inner step that makes MetaPT's prompt, and is it K-means'
 clusters? From the inputs that real.py has written to the current folder,
 
     python offline/study.py --pilot    # learning rates, by validation on one T5 and one seed
@@ -51,8 +51,7 @@ def train(arm, t5, seed, out, rate, examples):
 
 
 def tune(t5, flags):
-    """The command that tunes on every target with a T5: 40 examples and five draws, unless flags
-    say other."""
+    """The command that tunes on every target: 40 examples, five draws, unless flags say other."""
     return f"finetune.py --task {TARGETS} --model t5-{t5} {SMALL} --max-test 1000 {flags}"
 
 
@@ -84,7 +83,8 @@ def study():
     """The commands of the study in stages: those of one do not wait for each other."""
     for seed in (1, 2, 3, 4):
         for t5 in (1, 2, 3):
-            yield from prepare(t5) if seed == 1 else ()
+            if seed == 1:
+                yield from prepare(t5)
             outs = {arm: f"prompts/{t5}-{arm}-{seed}" for arm in ARMS}
             yield [train(arm, t5, seed, out, RATES[arm], 40_000) for arm, out in outs.items()]
             yield [tune(t5, f"--prompt {out} --shots 0 40") for out in outs.values()]

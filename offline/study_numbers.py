@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import script  # first: it sets how PyTorch takes its memory
 
 import json
+from collections import Counter
 
 import numpy as np
 from scipy import stats
@@ -54,12 +55,9 @@ def paired(differences, margin=1.0):
 
 def holm(values):
     """Holm's adjusted p-values."""
-    order = np.argsort(values)
+    scaled = np.sort(values) * np.arange(len(values), 0, -1)  # the least by their number, and so on
     adjusted = np.empty(len(values))
-    largest = 0.0
-    for place, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - place) * values[i]))
-        adjusted[i] = largest
+    adjusted[np.argsort(values)] = np.minimum(1, np.maximum.accumulate(scaled))
     return adjusted.tolist()
 
 
@@ -69,7 +67,8 @@ def holm(values):
 def training_of(prompt):
     """(arm, T5, seed) of a prompt's folder, as study.py names it; None of any other."""
     parts = Path(prompt).name.split("-")
-    return (parts[1], parts[0], parts[2]) if len(parts) == 3 and parts[1] in NAMES else None
+    if len(parts) == 3 and parts[1] in NAMES:
+        return parts[1], parts[0], parts[2]
 
 
 def read_scores(rows, shots):
@@ -84,12 +83,11 @@ def read_scores(rows, shots):
 
 
 def whole(scores):
-    """The trainings of a T5 and a seed that every arm has, with all targets and draws."""
-    size = lambda by_target: sum(map(len, by_target.values()))
-    most = max(map(size, scores.values()), default=0)
-    pairs = {(t5, seed) for arm, t5, seed in scores}
-    complete = lambda pair: all(size(scores.get((arm, *pair), {})) == most for arm in NAMES)
-    return sorted(filter(complete, pairs))
+    """The (T5, seed) pairs whose training every arm has, with all targets and draws."""
+    counts = {training: sum(map(len, targets.values())) for training, targets in scores.items()}
+    most = max(counts.values(), default=0)
+    arms = Counter((t5, seed) for (_, t5, seed), count in counts.items() if count == most)
+    return sorted(pair for pair, count in arms.items() if count == len(NAMES))
 
 
 def differences(means, pairs, arm, against):
@@ -100,18 +98,24 @@ def differences(means, pairs, arm, against):
     return by_t5
 
 
+def mean_of_targets(by_target):
+    """The mean over targets of the means over their draws."""
+    return np.mean([np.mean(draws) for draws in by_target.values()])
+
+
 def print_arms(scores, untuned, pairs):
     """The table of arms: untuned, tuned, the deviation over draws within a prompt, each target."""
     targets = sorted(scores["kmeans", *pairs[0]])
     table = [["arm", "untuned", "40 examples", "over draws", *targets]]
     for arm, name in NAMES.items():
         tuned = [scores[arm, *pair] for pair in pairs]
-        before = [np.mean(list(untuned[arm, *pair].values())) for pair in pairs]
-        after = [np.mean([np.mean(row[target]) for target in targets]) for row in tuned]
-        deviations = [np.std(row[target], ddof=1) for row in tuned for target in targets]
-        of_targets = [np.mean([row[target] for row in tuned]) for target in targets]
-        numbers = [np.mean(before), np.mean(after), np.mean(deviations), *of_targets]
-        table.append([name, *(f"{number:.2f}" for number in numbers)])
+        before = np.mean([mean_of_targets(untuned[arm, *pair]) for pair in pairs])
+        after = np.mean([mean_of_targets(by_target) for by_target in tuned])
+        deviations = [np.std(by_target[name], ddof=1) for by_target in tuned for name in targets]
+        columns = [before, after, np.mean(deviations)]
+        for target in targets:
+            columns.append(np.mean([by_target[target] for by_target in tuned]))
+        table.append([name, *(f"{column:.2f}" for column in columns)])
     print_table(f"{len(pairs)} trainings of every arm; accuracy in points", table)
 
 
@@ -120,8 +124,8 @@ def print_baselines(rows):
     full tuning; each the mean of the runs of all targets."""
     cells = {}
     for row in rows:
+        t5 = Path(row["model"]).name
         if training_of(row["prompt"]) is None:
-            t5 = Path(row["model"]).name
             method = f"{method_name(row)}, {row['shots']} examples"
             cells.setdefault((t5, method), []).append(row["accuracy"])
         if row["method"] == "ft" and row["shots"] == 0:
@@ -136,20 +140,19 @@ def print_baselines(rows):
 
 def print_comparisons(means, pairs):
     """The primary comparisons with Holm's correction, and the secondary ones."""
-    table = [["", "difference", "95 % interval", "p", "Holm", "p of 1 point or more"]]
-    lines = []
+    results = {}
     for arm, against in PRIMARY + SECONDARY:
-        result = paired(differences(means, pairs, arm, against))
-        lines.append((f"{NAMES[arm]} - {NAMES[against]}", *result))
-    corrected = [None] * len(lines)
-    if lines[0][3] is not None:
-        corrected[: len(PRIMARY)] = holm([line[3] for line in lines[: len(PRIMARY)]])
+        results[arm, against] = paired(differences(means, pairs, arm, against))
+    p_values = [results[comparison][2] for comparison in PRIMARY]
+    corrected = dict(zip(PRIMARY, p_values if None in p_values else holm(p_values)))
 
-    number = lambda value: "-" if value is None else f"{value:.3f}"
-    for (name, mean, interval, p, equivalent), adjusted in zip(lines, corrected):
+    text = lambda value: "-" if value is None else f"{value:.3f}"
+    table = [["", "difference", "95 % interval", "p", "Holm", "p of 1 point or more"]]
+    for (arm, against), (mean, interval, p, equivalent) in results.items():
         span = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"
-        cells = [f"{mean:+.2f}", span, number(p), number(adjusted), number(equivalent)]
-        table.append([name, *cells])
+        name = f"{NAMES[arm]} - {NAMES[against]}"
+        adjusted = corrected.get((arm, against))
+        table.append([name, f"{mean:+.2f}", span, text(p), text(adjusted), text(equivalent)])
     print_table("Paired by training, blocked by T5; the first two are primary", table)
 
 
@@ -161,26 +164,24 @@ def print_inner_step(file, pairs):
     updates = [["arm", *(f"{count} updates" for count in UPDATES)]]
     for arm, name in NAMES.items():
         present = [by_training[arm, *pair] for pair in pairs if (arm, *pair) in by_training]
-        if present:
-            columns = ("moved", "before", "after", "cosine")
-            means = [np.mean([row[column] for row in present]) for column in columns]
-            inner.append([name, f"{means[0]:.2%}", *(f"{mean:.3f}" for mean in means[1:])])
-            curves = [np.mean(list(row["updates"].values()), axis=0) for row in present]
-            curve = 100 * np.mean(curves, axis=0)
-            updates.append([name, *(f"{accuracy:.2f}" for accuracy in curve)])
+        if not present:
+            continue
+        measures = [[row["moved"], row["before"], row["after"], row["cosine"]] for row in present]
+        means = np.mean(measures, axis=0)
+        inner.append([name, f"{means[0]:.2%}", *(f"{mean:.3f}" for mean in means[1:])])
+        curves = [np.mean(list(row["updates"].values()), axis=0) for row in present]
+        updates.append([name, *(f"{100 * share:.2f}" for share in np.mean(curves, axis=0))])
     print_table("The inner step on held-out queries of the source", inner)
     print_table("Accuracy on the targets after updates at a constant rate", updates)
 
 
 def main(argv=None):
     """Prints the tables."""
-    parser = script.Parser(__doc__)
-    parser.add_argument("--results", default="results.jsonl", metavar="FILE", help="of study.py")
-    args = parser.parse(argv)
-    rows = list(read_results(Path(args.results)).values())
-    scores, untuned = read_scores(rows, 40), read_scores(rows, 0)
-    pairs = whole(scores)
+    script.Parser(__doc__).parse(argv)
+    rows = list(read_results(Path("results.jsonl")).values())
     print_baselines(rows)
+    scores = read_scores(rows, shots=40)
+    pairs = whole(scores)
     if not pairs:
         print("no T5 and seed of which every arm is whole yet")
         return
@@ -188,12 +189,10 @@ def main(argv=None):
     by_t5 = {}
     for t5, seed in pairs:
         by_t5.setdefault(t5, []).append(seed)
-    print(f"whole: {'; '.join(f'T5 {t5}, seeds {seeds}' for t5, seeds in by_t5.items())}")
-    means = {
-        training: np.mean([np.mean(draws) for draws in by_target.values()])
-        for training, by_target in scores.items()
-    }
-    print_arms(scores, untuned, pairs)
+    blocks = [f"T5 {t5}, seeds {seeds}" for t5, seeds in by_t5.items()]
+    print(f"whole: {'; '.join(blocks)}")
+    means = {training: mean_of_targets(by_target) for training, by_target in scores.items()}
+    print_arms(scores, read_scores(rows, shots=0), pairs)
     print_comparisons(means, pairs)
     inner = Path("inner_step.jsonl")
     if inner.exists():
