@@ -1193,13 +1193,6 @@ def test_a_stopped_run_continues_to_the_same_bytes(world, learned, tmp_path, at_
     assert [step for *_, step in drawn] == [0, 1, 2, 3, 4, 5]  # none of them twice
 
 
-def test_a_stop_at_the_end_of_a_run_is_not_lost(world, tmp_path, at_call):
-    at_call(train_meta, "validate", 2, ctrl_c)  # the last of the run
-    with pytest.raises(KeyboardInterrupt):
-        learn(world, tmp_path, max_steps=1)
-    assert steps_of(tmp_path) == [0, 1]
-
-
 def test_a_killed_run_continues_to_the_same_bytes(world, tmp_path):
     """SIGKILL a few hundredths of a second after an evaluation, three times in one run."""
     short = {"prompt_length": 3, "validation": 20, "max_steps": 30, "eval_every": 2}
@@ -1513,11 +1506,6 @@ def test_an_end_is_one_line_and_a_status(kind, capsys):
         script.run(raises(error))
     printed = capsys.readouterr().err
     assert stop.value.code == status and line in printed and printed.count("\n") == 1
-
-
-def test_variables_that_torchrun_did_not_set_do_not_count(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert script.rank_and_world() == (0, 1)
 
 
 OUT = "--source {demo}/source/clustered.jsonl --model {demo}/t5 --out "

@@ -16,6 +16,7 @@ from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -37,6 +38,7 @@ t5-base  MetaPT(Y),lda    44.10±0.83
 t5-base  MetaPT(Y),random 42.95±1.05
 t5-base  MetaPT(Y),label  42.84±0.76
 """
+rcParams["text.parse_math"] = False  # a name is text, whatever it holds
 # What a figure's horizontal axis can show, and what beside it tells its curves apart.
 AXES = {"shots": [], "source_size": ["shots", "clusters"], "clusters": ["shots", "source_size"]}
 

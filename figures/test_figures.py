@@ -160,6 +160,7 @@ def test_figure(printed, tmp_path, x):
     assert (tmp_path / "folder" / "a.png").read_bytes().startswith(b"\x89PNG")
     panels = report.plot(report.curves(rows, x), x).axes
     assert [panel.get_title() for panel in panels] == ["sst5", "sst2"]
+    assert not panels[0].title.get_parse_math()  # a task may be called "$x$"
     assert panels[0].get_xscale() == ("linear" if x == "clusters" else "log")
     points = panels[1].lines[-1].get_xydata().tolist()
     assert points == [[10, pytest.approx(41.5)], [30, pytest.approx(43.5)]]

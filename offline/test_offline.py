@@ -151,17 +151,17 @@ def test_what_the_inner_step_does_and_how_fast_a_prompt_adapts(world):
     assert 0 < cosine < 0.9999
     assert moved == pytest.approx(np.mean([(P - prompt).norm() / prompt.norm() for P in adapted]))
     assert before == pytest.approx(np.mean([model.loss(prompt, query) for query in queries]))
-    losses = [model.loss(P, query).item() for P, query in zip(adapted, queries)]
-    assert after == pytest.approx(np.mean(losses)) and after != pytest.approx(before)
+    assert after == pytest.approx(np.mean([*map(model.loss, adapted, queries)]))
 
-    test = list(model.batches(examples))
+    test = list(model.batches(read_lines(world / "books" / "test.jsonl")[:400]))
     tuned = torch.nn.Parameter(prompt.clone())
     optimizer = torch.optim.AdamW([tuned], lr=0.1, weight_decay=0.0)
     for _ in range(3):
-        (tuned.grad,) = torch.autograd.grad(model.loss(tuned, test[0]), tuned)
+        (tuned.grad,) = torch.autograd.grad(model.loss(tuned, model.encode(examples)), tuned)
         optimizer.step()
     scores = inner_step.accuracies(model, prompt, examples, test, 0.1, updates=(0, 3))
     assert scores == [model.evaluate(P.detach(), test)["accuracy"] for P in (prompt, tuned)]
+    assert scores[0] != scores[1]
 
 
 def test_the_inputs_are_what_the_downloads_hold_but_for_what_a_target_shares(tmp_path, monkeypatch):
