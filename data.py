@@ -349,7 +349,7 @@ def check_example(example, task):
         text = example.get(field)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"it has no text {field!r}, which the template of {task.name} needs")
-        text.encode()  # JSON may spell half a character
+    json.dumps(example, ensure_ascii=False).encode()  # JSON may spell half a character
 
 
 def write_lines(path, rows):
@@ -427,7 +427,7 @@ def train_labeller(args):
     out = Path(args.out)
     task = Task.load(args.task)
     training, validation = read_splits(Path(args.task), task, args.validation, args.seed)
-    if (out / "config.json").exists() and not args.restart:
+    if (out / "task.json").exists() and not args.restart:
         hint = "give another --out, or --restart to replace it"
         raise InputError(f"{out}: a labeller stands there already; {hint}")
 
@@ -454,6 +454,7 @@ def train_labeller(args):
             loss = F.nll_loss(log_p, labels).item()
             log.append({"step": step, "accuracy": accuracy, "loss": loss})
             if best_of(log) == len(log) - 1:
+                (out / "task.json").unlink(missing_ok=True)  # which makes the rest a labeller
                 save_model(out, model, tokenizer)
                 task.save(out)
             write_lines(out / "log.jsonl", log)
@@ -489,8 +490,9 @@ def read_splits(folder, task, count, seed):
 
 def load_classifier(name, device, is_base=False, **arguments):
     """A sequence classifier by hub name or folder, and its tokenizer; one that is to be trained,
-    a base, may lack its head. Reads safetensors only. Raises InputError."""
+    a base, may lack its head or have another. Reads safetensors only. Raises InputError."""
     options = {"use_safetensors": True, "output_loading_info": True, **arguments}
+    options["ignore_mismatched_sizes"] = is_base
     with input_errors(name, "give a sequence classifier by hub name or folder"):
         model, loading = AutoModelForSequenceClassification.from_pretrained(name, **options)
         body = f"{model.base_model_prefix}."

@@ -66,12 +66,13 @@ class Task:
     words: list[str]
 
     def __post_init__(self):
-        fits = False
-        with suppress(TypeError, ValueError):  # of other types, or of braces that do not close
+        names = []
+        with suppress(TypeError, ValueError):  # of another type, or of braces that do not close
             names = [name for _, name in self.parts() if name is not None]
-            fits = names.count("mask") == 1 and "" not in names and len(names) > 1
-            fits = fits and len(set(self.words)) == len(self.words) > 1 and "/" not in self.name
-        if not fits or not isinstance(self.words, list) or {*map(type, self.words)} != {str}:
+        fits = names.count("mask") == 1 and "" not in names and len(names) > 1
+        fits = fits and isinstance(self.words, list) and isinstance(self.name, str)
+        fits = fits and {*map(type, self.words)} == {str} and "/" not in self.name
+        if not fits or not 1 < len(set(self.words)) == len(self.words):
             raise InputError(
                 f"task {self.name!r}: it needs a name without a slash, a template that holds "
                 "{mask} once and a field of the examples, as '{text}. It was {mask}' does, and a "
@@ -170,9 +171,9 @@ class PromptedT5(torch.nn.Module):
         """The token id of each of the task's words. Raises InputError."""
         pieces = self.tokenizer(self.task.words, add_special_tokens=False).input_ids
         for word, ids in zip(self.task.words, pieces):
-            if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id or pieces.count(ids) > 1:
                 names = self.tokenizer.convert_ids_to_tokens(ids)
-                problem = f"{word!r} is not one piece of the tokenizer, but {names}"
+                problem = f"{word!r} is not one piece of its own of the tokenizer, but {names}"
                 raise InputError(f"task {self.task.name}: {problem}; choose another word")
         return [ids[0] for ids in pieces]
 

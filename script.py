@@ -10,7 +10,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import contextlib
-import math
 import platform
 import signal
 import subprocess
@@ -96,7 +95,7 @@ def flags_of(values):
     return words
 
 
-def number(least, most=math.inf):
+def number(least, most=2**63 - 1):
     """What a flag takes: a number from `least` to `most`, a whole one where `least` is."""
 
     def parse(text):
@@ -106,7 +105,7 @@ def number(least, most=math.inf):
             if least <= value <= most:
                 return value
         kind = "a whole number" if type(least) is int else "a number"
-        limit = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
+        limit = f"from {least} to {most}" if most < 2**63 - 1 else f"of {least} or more"
         raise argparse.ArgumentTypeError(f"{text} is not {kind} {limit}")
 
     return parse

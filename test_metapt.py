@@ -434,11 +434,14 @@ def test_of_several_fields_the_longest_is_cut(tokenizer):
 
 
 def test_words_and_tokenizers_that_do_not_fit_are_refused(tokenizer):
-    task = Task("x", "{text} {mask}", ["plotish", "good"])
-    with pytest.raises(
-        InputError, match=r"task x: 'plotish' is not one piece .*\['▁plot', 'ish'\]"
-    ):
-        PromptedT5(make_t5(tokenizer), tokenizer, task)
+    for words, pieces in {
+        ("plotish", "good"): "'▁plot', 'ish'",
+        ("good", " good"): "'▁good'",
+    }.items():
+        task = Task("x", "{text} {mask}", list(words))
+        message = rf"task x: '{words[0]}' is not one piece of its own .*\[{pieces}\]"
+        with pytest.raises(InputError, match=message):
+            PromptedT5(make_t5(tokenizer), tokenizer, task)
     other = copy.deepcopy(tokenizer)
     words = {piece.lstrip(NEW_WORD): i for piece, i in tokenizer.get_vocab().items()}
     other.backend_tokenizer.model = models.WordLevel(words, unk_token="<unk>")
@@ -754,8 +757,28 @@ def test_a_labeller_learns_and_one_that_diverges_leaves_nothing(labeller, tmp_pa
     with pytest.raises(InputError, match="a labeller stands there already; give another --out"):
         run(data, "labeller", out=labeller, **flags)
     with pytest.raises(Diverged, match="the labeller's loss is not finite; lower the"):
-        run(data, "labeller", out=tmp_path / "new", learning_rate=1e30, warmup=1, **flags)
+        run(data, "labeller", out=tmp_path / "new", learning_rate=1e15, warmup=1, **flags)
     assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_a_labeller_begins_at_one_of_other_classes_and_a_half_written_one_is_none(
+    labeller, tmp_path, at_call
+):
+    words = data.WORDS[3]
+    examples = [{"text": f"the plot was {word} .", "label": i} for i, word in enumerate(words)]
+    data.write_task(tmp_path / "task", Task("films", data.TEMPLATE, words), {"train": examples * 9})
+    flags = {"task": tmp_path / "task", "model": labeller, "out": tmp_path / "labeller"}
+    flags |= {"validation": 9, "device": "cpu", "threads": 1, "max_epochs": 1}
+
+    def killed():
+        raise SystemError
+
+    run(data, "labeller", **flags)
+    at_call(Task, "save", 1, killed)
+    with pytest.raises(SystemError):
+        run(data, "labeller", restart=True, **flags)
+    run(data, "labeller", **flags)
+    assert data.load_classifier(tmp_path / "labeller", "cpu")[0].num_labels == 3
 
 
 def test_classify_gives_every_text_its_own_label_and_none_for_nan(labeller):
@@ -1660,13 +1683,16 @@ BAD = {  # what is wrong: the file, what stands in it, and a part of the line
     "a template with an open brace": (TASK, entry("template", "{text} {mask"), MASKED),
     "a word twice": (TASK, entry("words", ["good", "good"]), "two or more words, all different"),
     "a name that leads elsewhere": (TASK, entry("name", "../up"), "a name without a slash"),
+    "a name that is a number": (TASK, entry("name", 5), "a name without a slash"),
     "a flag that is none": (FLAGS, entry("nothing", 1), "unrecognized arguments: --nothing"),
     "a seed and a half": (FLAGS, entry("seed", 1.5), "1.5 is not a whole number"),
+    "a seed without end": (FLAGS, entry("seed", 10**20), "is not a whole number of 0 or more"),
     "half a line": (TRAIN, FINE + '{"text": "fi', "jsonl:2: .*write examples, as"),
     "a line in Latin-1": (TRAIN, f"{FINE}caf\xe9".encode("latin-1"), "jsonl:2: .* UTF-8 text"),
     "no text": (TRAIN, FINE + '{"label": 0}', "jsonl:2: it has no text 'text'"),
     "a label beyond the words": (TRAIN, FINE.replace("2", "5"), "jsonl:1: label 5 is none of"),
     "half a character": (TRAIN, FINE.replace("fine", "\\ud800"), "jsonl:1: .*surrogates"),
+    "half a character beside": (TRAIN, '{"id": "\\ud800", "text": "a", "label": 0}', "surrogates"),
     "a wrong label to predict": (TEXTS, FINE.replace("2", "7"), "jsonl:1: label 7 is none of"),
     "a line without a cluster": (CLUSTERS, CLUSTERED * 9 + FINE, "no clusters, or not for every"),
     "a cluster that is too small": (CLUSTERS, CLUSTERED, "cluster 0 has 1 examples; 2 to train"),
