@@ -7,8 +7,9 @@ clusters? From the inputs that real.py has written to the current folder,
     python offline/study_numbers.py    # its numbers, of what is there
 
 runs the scripts for three T5s, five arms of 40,000 examples each, four seeds, eight targets and
-five draws. A block of one T5 and one seed is whole before the next begins. After Ctrl-C the same
-command continues: what is finished stands in done.txt.
+five draws. A block of one T5 and one seed is whole before the next begins. A sixth arm, added when
+five blocks had been seen, comes after them. After Ctrl-C the same command continues: what is
+finished stands in done.txt.
 """
 
 import sys
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import script  # first: it sets how PyTorch takes its memory
 
+import itertools
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,14 +36,16 @@ ARMS = {  # flags, and the examples of a step
     "fomaml": (f"{KMEANS} --method fomaml", 8 * (4 + 4)),
     "ppt": (f"{KMEANS} --method ppt", 4),
 }
+ADDED = {"matched": (f"{KMEANS} --alpha 0", 8 * (4 + 4))}  # MetaPT's own draws, steps and rate
 PAPER = {"kmeans": 0.025, "random": 0.025, "plain": 0.025, "fomaml": 0.025, "ppt": 0.003}
 # What the pilot chose, of the paper's rate, a third of it and three times it.
 RATES = {"kmeans": 0.025, "random": 0.025, "plain": 0.0083, "fomaml": 0.025, "ppt": 0.009}
+RATES["matched"] = RATES["kmeans"]
 
 
 def train(arm, t5, seed, out, rate, examples):
     """The command that trains a prompt of an arm: of all its steps, the best of five validations."""
-    flags, batch = ARMS[arm]
+    flags, batch = (ARMS | ADDED)[arm]
     steps = examples // batch
     return (
         f"train_meta.py {flags} --model t5-{t5} --seed {seed} --out {out} --learning-rate {rate} "
@@ -79,32 +83,40 @@ def pilot():
     return [*prepare(1), commands], prompts
 
 
+def block(arms, t5, seed):
+    """The commands of one T5 and one seed in stages."""
+    outs = {arm: f"prompts/{t5}-{arm}-{seed}" for arm in arms}
+    yield [train(arm, t5, seed, out, RATES[arm], 40_000) for arm, out in outs.items()]
+    yield [tune(t5, f"--prompt {out} --shots 0 40") for out in outs.values()]
+    measure = f"offline/inner_step.py {KMEANS} --model t5-{t5} {SMALL} --seed {seed}"
+    measure += f" --task {TARGETS} --out inner_step.jsonl --prompt"
+    yield [f"{measure} {out}" for out in outs.values()]
+
+
 def study():
     """The commands of the study in stages: those of one do not wait for each other."""
-    for seed in (1, 2, 3, 4):
-        for t5 in (1, 2, 3):
-            if seed == 1:
-                yield from prepare(t5)
-            outs = {arm: f"prompts/{t5}-{arm}-{seed}" for arm in ARMS}
-            yield [train(arm, t5, seed, out, RATES[arm], 40_000) for arm, out in outs.items()]
-            yield [tune(t5, f"--prompt {out} --shots 0 40") for out in outs.values()]
-            measure = f"offline/inner_step.py {KMEANS} --model t5-{t5} {SMALL} --seed {seed}"
-            measure += f" --task {TARGETS} --out inner_step.jsonl --prompt"
-            yield [f"{measure} {out}" for out in outs.values()]
-            if seed == 1:  # what the T5 does without source data
-                yield [tune(t5, "--prompt random --prompt-length 20")]
-                yield [tune(t5, "--method ft --learning-rate 3e-4")]
+    pairs = list(itertools.product((1, 2, 3, 4), (1, 2, 3)))
+    for seed, t5 in pairs:
+        if seed == 1:
+            yield from prepare(t5)
+        yield from block(ARMS, t5, seed)
+        if seed == 1:  # what the T5 does without source data
+            yield [tune(t5, "--prompt random --prompt-length 20")]
+            yield [tune(t5, "--method ft --learning-rate 3e-4")]
+
+    for seed, t5 in pairs:
+        yield from block(ADDED, t5, seed)
 
 
 def run(stages, jobs):
     """Runs the commands of each stage, `jobs` of them at a time, but for those in done.txt. Ends
     where one has failed."""
     done = Path("done.txt")
-    finished = done.read_text().splitlines() if done.exists() else []
+    done.touch()
     with script.stop_signal() as stop, ThreadPoolExecutor(jobs) as pool:
 
         def call(command):
-            if stop or command in finished:
+            if stop or command in done.read_text().splitlines():
                 return 0
             print(f"$ python {command}", flush=True)
             name, *flags = command.split()

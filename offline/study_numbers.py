@@ -12,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import script  # first: it sets how PyTorch takes its memory
 
 import json
-from collections import Counter
 
 import numpy as np
 from scipy import stats
 
 from finetune import method_name, print_table, read_results
 from inner_step import UPDATES
+from study import ARMS, DOMAINS
 
 NAMES = {
     "kmeans": "MetaPT, K-means",
@@ -26,9 +26,11 @@ NAMES = {
     "plain": "no inner step",
     "fomaml": "first-order",
     "ppt": "PPT",
+    "matched": "no inner step, else as MetaPT",
 }
 PRIMARY = [("kmeans", "plain"), ("kmeans", "random")]
-SECONDARY = [("kmeans", "fomaml"), ("kmeans", "ppt")]
+OTHERS = [("kmeans", "fomaml"), ("kmeans", "ppt"), ("kmeans", "matched")]
+EXPECTED = dict.fromkeys(DOMAINS.split(), 5)  # draws of every target
 
 
 def paired(differences, margin=1.0):
@@ -64,114 +66,145 @@ def holm(values):
 # - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - the run
 
 
-def training_of(prompt):
-    """(arm, T5, seed) of a prompt's folder, as study.py names it; None of any other."""
-    parts = Path(prompt).name.split("-")
+def training_of(row):
+    """(arm, T5, seed) of a row's prompt, as study.py names its folder; None of any other."""
+    parts = Path(row["prompt"]).name.split("-")
     if len(parts) == 3 and parts[1] in NAMES:
         return parts[1], parts[0], parts[2]
 
 
-def read_scores(rows, shots):
-    """{(arm, T5, seed): {target: accuracies of its draws, in points}}."""
-    scores = {}
+def baseline_of(row):
+    """(T5, method and shots) of a row without source data; None of any other."""
+    if training_of(row) is None:
+        return Path(row["model"]).name, f"{method_name(row)}, {row['shots']} examples"
+
+
+def read_scores(rows, name_of):
+    """{name: {target: accuracies of its draws, in points}} of the rows that have a name; of a run
+    that was made twice the later."""
+    runs = {}
     for row in rows:
-        training = training_of(row["prompt"])
-        if training and row["shots"] == shots:
-            by_target = scores.setdefault(training, {})
-            by_target.setdefault(row["task"], []).append(100 * row["accuracy"])
+        runs[name_of(row), row["task"], row["seed"]] = 100 * row["accuracy"]
+
+    scores = {}
+    for (name, target, _), accuracy in runs.items():
+        if name is not None:
+            scores.setdefault(name, {}).setdefault(target, []).append(accuracy)
     return scores
 
 
-def whole(scores):
-    """The (T5, seed) pairs whose training every arm has, with all targets and draws."""
-    counts = {training: sum(map(len, targets.values())) for training, targets in scores.items()}
-    most = max(counts.values(), default=0)
-    arms = Counter((t5, seed) for (_, t5, seed), count in counts.items() if count == most)
-    return sorted(pair for pair, count in arms.items() if count == len(NAMES))
+def whole(scores, arms):
+    """The (T5, seed) pairs whose training all these arms have, with every target and draw."""
+    pairs = []
+    for t5, seed in sorted({training[1:] for training in scores}):
+        trainings = [scores.get((arm, t5, seed), {}) for arm in arms]
+        counts = [{name: len(draws) for name, draws in targets.items()} for targets in trainings]
+        if all(count == EXPECTED for count in counts):
+            pairs.append((t5, seed))
+    return pairs
 
 
-def differences(means, pairs, arm, against):
-    """{T5: [difference of each seed]} of two arms' means over targets."""
-    by_t5 = {}
-    for t5, seed in pairs:
-        by_t5.setdefault(t5, []).append(means[arm, t5, seed] - means[against, t5, seed])
-    return by_t5
+def by_t5(values):
+    """{T5: [of each seed]} of {(T5, seed): value}."""
+    grouped = {}
+    for (t5, _), value in values.items():
+        grouped.setdefault(t5, []).append(value)
+    return grouped
 
 
-def mean_of_targets(by_target):
+def mean_over_t5s(values):
+    """The mean of {(T5, seed): value}, in which every T5 counts as much."""
+    return np.mean([np.mean(of_t5, axis=0) for of_t5 in by_t5(values).values()], axis=0)
+
+
+def mean_of_targets(targets):
     """The mean over targets of the means over their draws."""
-    return np.mean([np.mean(draws) for draws in by_target.values()])
-
-
-def print_arms(scores, untuned, pairs):
-    """The table of arms: untuned, tuned, the deviation over draws within a prompt, each target."""
-    targets = sorted(scores["kmeans", *pairs[0]])
-    table = [["arm", "untuned", "40 examples", "over draws", *targets]]
-    for arm, name in NAMES.items():
-        tuned = [scores[arm, *pair] for pair in pairs]
-        before = np.mean([mean_of_targets(untuned[arm, *pair]) for pair in pairs])
-        after = np.mean([mean_of_targets(by_target) for by_target in tuned])
-        deviations = [np.std(by_target[name], ddof=1) for by_target in tuned for name in targets]
-        columns = [before, after, np.mean(deviations)]
-        for target in targets:
-            columns.append(np.mean([by_target[target] for by_target in tuned]))
-        table.append([name, *(f"{column:.2f}" for column in columns)])
-    print_table(f"{len(pairs)} trainings of every arm; accuracy in points", table)
+    return np.mean([np.mean(draws) for draws in targets.values()])
 
 
 def print_baselines(rows):
     """What the T5s do without source data: the largest class, untuned, tuned from a random prompt,
-    full tuning; each the mean of the runs of all targets."""
-    cells = {}
+    full tuning."""
+    scores = read_scores(rows, baseline_of)
     for row in rows:
-        t5 = Path(row["model"]).name
-        if training_of(row["prompt"]) is None:
-            method = f"{method_name(row)}, {row['shots']} examples"
-            cells.setdefault((t5, method), []).append(row["accuracy"])
         if row["method"] == "ft" and row["shots"] == 0:
             sizes = np.sum(row["confusion"], axis=1)
-            cells.setdefault((t5, "largest class"), []).append(sizes.max() / sizes.sum())
+            targets = scores.setdefault((Path(row["model"]).name, "largest class"), {})
+            targets[row["task"]] = [100 * sizes.max() / sizes.sum()]
 
-    table = [["T5", "", "accuracy", "runs"]]
-    for (t5, method), shares in sorted(cells.items()):
-        table.append([t5, method, f"{100 * np.mean(shares):.2f}", str(len(shares))])
-    print_table("Without source data", table)
+    table = [["T5", "", "mean", *EXPECTED]]
+    for (t5, method), targets in sorted(scores.items()):
+        if set(targets) == set(EXPECTED):
+            columns = [mean_of_targets(targets), *(np.mean(targets[name]) for name in EXPECTED)]
+            table.append([t5, method, *(f"{column:.2f}" for column in columns)])
+    print_table("Without source data; accuracy in points", table)
 
 
-def print_comparisons(means, pairs):
-    """The primary comparisons with Holm's correction, and the secondary ones."""
-    results = {}
-    for arm, against in PRIMARY + SECONDARY:
-        results[arm, against] = paired(differences(means, pairs, arm, against))
-    p_values = [results[comparison][2] for comparison in PRIMARY]
-    corrected = dict(zip(PRIMARY, p_values if None in p_values else holm(p_values)))
+def print_arms(rows, pairs):
+    """The table of arms: untuned, tuned, the deviation over draws within a prompt, each target."""
+    untuned = read_scores(rows, lambda row: training_of(row) if row["shots"] == 0 else None)
+    tuned = read_scores(rows, lambda row: training_of(row) if row["shots"] == 40 else None)
+    table = [["arm", "untuned", "40 examples", "over draws", *EXPECTED]]
+    for arm, name in NAMES.items():
+        columns = {}
+        for pair in whole(tuned, [*ARMS, arm]):
+            targets = tuned[arm, *pair]
+            deviation = np.mean([np.std(draws, ddof=1) for draws in targets.values()])
+            means = [mean_of_targets(untuned[arm, *pair]), mean_of_targets(targets), deviation]
+            columns[pair] = means + [np.mean(targets[name]) for name in EXPECTED]
 
-    text = lambda value: "-" if value is None else f"{value:.3f}"
-    table = [["", "difference", "95 % interval", "p", "Holm", "p of 1 point or more"]]
-    for (arm, against), (mean, interval, p, equivalent) in results.items():
-        span = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"
-        name = f"{NAMES[arm]} - {NAMES[against]}"
-        adjusted = corrected.get((arm, against))
-        table.append([name, f"{mean:+.2f}", span, text(p), text(adjusted), text(equivalent)])
+        if len(columns) == len(pairs):
+            table.append([name, *(f"{column:.2f}" for column in mean_over_t5s(columns))])
+    print_table(f"{len(pairs)} trainings of every arm; accuracy in points", table)
+
+
+def print_comparisons(scores):
+    """The primary comparisons with Holm's correction, and the others."""
+    table = [["", "each training", "mean", "95 % interval", "p", "p of 1 point or more"]]
+    p_values = []
+    for arm, against in PRIMARY + OTHERS:
+        differences = {}
+        for pair in whole(scores, [*ARMS, against]):
+            means = [mean_of_targets(scores[name, *pair]) for name in (arm, against)]
+            differences[pair] = means[0] - means[1]
+        if not differences:
+            continue
+
+        mean, interval, p, equivalent = paired(by_t5(differences))
+        p_values.append(p)
+        each = [" ".join(f"{d:+.2f}" for d in of_t5) for of_t5 in by_t5(differences).values()]
+        cells = ["; ".join(each), f"{mean:+.2f}"]
+        if interval:
+            cells += [f"{interval[0]:+.2f} to {interval[1]:+.2f}", f"{p:.3f}", f"{equivalent:.3f}"]
+        table.append([f"{NAMES[arm]} - {NAMES[against]}", *cells, *["-"] * (5 - len(cells))])
+
     print_table("Paired by training, blocked by T5; the first two are primary", table)
+    if None not in p_values:
+        print("p of the first two by Holm:", *(f"{p:.3f}" for p in holm(p_values[:2])))
 
 
 def print_inner_step(file, pairs):
-    """The inner step's table on held-out queries, and the accuracies after updates."""
+    """The inner step's table on held-out queries, and the accuracies after updates, of those pairs
+    of which every arm is there."""
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    by_training = {training_of(row["prompt"]): row for row in rows}
+    by_training = {training_of(row): row for row in rows}
+    pairs = [pair for pair in pairs if all((arm, *pair) in by_training for arm in ARMS)]
     inner = [["arm", "α|∇L|/|P|", "query loss", "after Eq. 1", "cosine"]]
     updates = [["arm", *(f"{count} updates" for count in UPDATES)]]
     for arm, name in NAMES.items():
-        present = [by_training[arm, *pair] for pair in pairs if (arm, *pair) in by_training]
-        if not present:
-            continue
-        measures = [[row["moved"], row["before"], row["after"], row["cosine"]] for row in present]
-        means = np.mean(measures, axis=0)
-        inner.append([name, f"{means[0]:.2%}", *(f"{mean:.3f}" for mean in means[1:])])
-        curves = [np.mean(list(row["updates"].values()), axis=0) for row in present]
-        updates.append([name, *(f"{100 * share:.2f}" for share in np.mean(curves, axis=0))])
-    print_table("The inner step on held-out queries of the source", inner)
+        measures = {}
+        curves = {}
+        for pair in pairs:
+            row = by_training.get((arm, *pair))
+            if row:
+                measures[pair] = [row["moved"], row["before"], row["after"], row["cosine"]]
+                curves[pair] = 100 * np.mean(list(row["updates"].values()), axis=0)
+
+        if pairs and len(measures) == len(pairs):
+            moved, *others = mean_over_t5s(measures)
+            inner.append([name, f"{moved:.2%}", *(f"{value:.3f}" for value in others)])
+            updates.append([name, *(f"{share:.2f}" for share in mean_over_t5s(curves))])
+    print_table(f"The inner step on held-out queries, {len(pairs)} trainings", inner)
     print_table("Accuracy on the targets after updates at a constant rate", updates)
 
 
@@ -180,20 +213,15 @@ def main(argv=None):
     script.Parser(__doc__).parse(argv)
     rows = list(read_results(Path("results.jsonl")).values())
     print_baselines(rows)
-    scores = read_scores(rows, shots=40)
-    pairs = whole(scores)
+    scores = read_scores(rows, lambda row: training_of(row) if row["shots"] == 40 else None)
+    pairs = whole(scores, ARMS)
     if not pairs:
         print("no T5 and seed of which every arm is whole yet")
         return
 
-    by_t5 = {}
-    for t5, seed in pairs:
-        by_t5.setdefault(t5, []).append(seed)
-    blocks = [f"T5 {t5}, seeds {seeds}" for t5, seeds in by_t5.items()]
-    print(f"whole: {'; '.join(blocks)}")
-    means = {training: mean_of_targets(by_target) for training, by_target in scores.items()}
-    print_arms(scores, read_scores(rows, shots=0), pairs)
-    print_comparisons(means, pairs)
+    print("whole:", *(f"T5 {t5}, seed {seed};" for t5, seed in pairs))
+    print_arms(rows, pairs)
+    print_comparisons(scores)
     inner = Path("inner_step.jsonl")
     if inner.exists():
         print_inner_step(inner, pairs)

@@ -1,5 +1,6 @@
 """The sanity checks of this folder: the demo, the small T5, the study on real text."""
 
+import itertools
 import json
 import re
 import shutil
@@ -207,14 +208,15 @@ def test_the_inputs_are_what_the_downloads_hold_but_for_what_a_target_shares(tmp
 def test_every_arm_of_the_study_sees_as_many_examples_in_whole_blocks():
     words = [command.split() for stage in study.study() for command in stage]
     runs = [train_meta.make_parser().parse_args(w[1:]) for w in words if w[0] == "train_meta.py"]
+    arms = study.ARMS | study.ADDED
     for i, run in enumerate(runs):
-        arm = list(study.ARMS)[i % 5]
-        assert run.max_steps * study.ARMS[arm][1] == 40_000
+        arm = list(study.ARMS)[i % 5] if i < 60 else "matched"
+        assert run.max_steps * arms[arm][1] == 40_000
         assert Path(run.out).name == f"{run.model[-1]}-{arm}-{run.seed}"
         sizes = {"ppt": run.batch_size, "plain": 8 * run.batch_size}
-        assert sizes.get(arm, 8 * 2 * run.batch_size) == study.ARMS[arm][1]
+        assert sizes.get(arm, 8 * 2 * run.batch_size) == arms[arm][1]
     blocks = [(run.seed, run.model) for run in runs]
-    assert blocks == sorted(blocks) and len(set(blocks)) == 12 and len(runs) == 60
+    assert blocks[:60] == sorted(blocks[60:] * 5) and len(set(blocks)) == 12 and len(runs) == 72
 
 
 def test_the_study_continues_where_it_was_stopped(tmp_path, monkeypatch):
@@ -246,7 +248,18 @@ def test_differences_are_paired_by_training_and_blocked_by_t5():
     assert study_numbers.holm([0.04, 0.03]) == [0.06, 0.06]
 
 
-def test_only_trainings_that_every_arm_has_count():
-    scores = {(arm, "1", seed): {"sst2": [50.0]} for arm in study_numbers.NAMES for seed in "12"}
-    scores["ppt", "1", "2"] = {}
-    assert study_numbers.whole(scores) == [("1", "1")]
+def test_trainings_count_that_every_arm_has_whole_and_of_a_run_the_later(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    names = itertools.product(study.ARMS, "12", study_numbers.EXPECTED, range(5), (0, 40))
+    for i, (arm, seed, task, draw, shots) in enumerate(names):
+        row = {"prompt": f"1-{arm}-{seed}", "task": task, "seed": draw, "shots": shots}
+        row |= {"model": "t5-1", "method": arm, "accuracy": 0.5 + 0.01 * (arm == "kmeans")}
+        rows.append({**row, "identity": i})
+    again = {**rows[1], "accuracy": 0.59, "identity": "again"}
+    for count, expected in (len(rows), "+1.20 +1.00"), (len(rows) - 1, "+1.20"):
+        data.write_lines("results.jsonl", [*rows[:count], again])
+        study_numbers.main([])
+        assert f"| {expected} |" in re.sub(" +", " ", capsys.readouterr().out)
