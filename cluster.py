@@ -78,7 +78,7 @@ def lda(counts, k, seed, size=512, updates=100):
 
 
 def random_clusters(count, k, seed):
-    """Clusters of one size, drawn at random [N] (Appendix B.1)."""
+    """Clusters of equal size, give or take one, drawn at random [N] (Appendix B.1)."""
     return np.random.default_rng(seed).permutation(count) % k
 
 

@@ -104,7 +104,7 @@ def classify(model, tokenize, texts, batch_size):
     return list(zip(texts, labels.tolist(), confidences.tolist()))
 
 
-# A sentence ends with its line, or before a capital, but not in "Mr. A. B. Smith".
+# A sentence ends with its line, or at . ! ? before a capital or digit; "Mr. A. B. Smith" is one.
 END = r"""(?:(?<=[.!?])|(?<=[.!?]["”')]))"""
 ABBREVIATED = r"(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr)\.)(?<!\bMrs\.)"
 BETWEEN_SENTENCES = rf"""\n|{END}{ABBREVIATED}\s+(?=["“'(]?[A-Z0-9])"""
@@ -404,7 +404,7 @@ def convert(name, files, out, test_share=0.0):
             raise InputError(f"{file}: no labelled text here; give the official file of {name}")
         splits[split] = examples
 
-    if test_share and "test" not in splits:  # always the same
+    if test_share:  # always the same
         training = splits["train"]
         order = np.random.default_rng(0).permutation(len(training))
         is_test = order < round(test_share * len(training))
@@ -762,6 +762,8 @@ def main(argv=None):
     add_pseudo_label(commands.add_parser("pseudo-label", help=about, description=about))
     args = parser.parse(argv)
     if args.command == "convert":
+        if args.test and args.test_share:
+            parser.error("--test-share is for where there is no --test")
         files = {split: vars(args)[split] for split in SPLITS if vars(args)[split]}
         convert(args.dataset, files, args.out, args.test_share)
         return

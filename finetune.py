@@ -6,7 +6,7 @@ tuning (A.1).
     python finetune.py --task tasks/sst5 tasks/sst2 --method ft pt --prompt random prompts/metapt
     python finetune.py --task tasks/sst5 --prompt prompts/metapt --seeds 1 --save tuned
     python finetune.py --predict reviews.txt --prompt tuned/sst5-metapt-40-1    # labels new text
-    python figures/report.py results.jsonl    # the paper's tables and figures
+    python figures/report.py results.jsonl    # the paper's tables; with --figure, its figures
 
 Every run, of one task, method, prompt, number of shots and seed, becomes one line of --out; a run
 that stands there already is not run again, so after Ctrl-C the same command continues. Several
@@ -237,8 +237,8 @@ def read_runs(args, folder, t5, contents, prompts):
 
 
 def read_test(path, task, max_test, training):
-    """The examples to test on, the shortest first; says what accuracy alone hides of them. Raises
-    InputError."""
+    """The examples to test on, the shortest first; prints their classes, and how many texts are in
+    train.jsonl too. Raises InputError."""
     examples = list(data.read_examples(path, task))
     if not examples:
         raise InputError(f"{path}: no examples to test on; give some")
@@ -256,7 +256,7 @@ def read_test(path, task, max_test, training):
     return sorted(examples, key=lambda example: len(data.text_of(example, task)))
 
 
-# What two results must share to be compared; beyond the first line A.1 and A.4 differ.
+# What comparable results share: SHARED always, OWN where both are of one tuning (A.1 or A.4).
 SHARED = ("max_length", "max_epochs", "validation_shots", "balanced", "max_test", "dtype", "matmul")
 OWN = {"pt": ("learning_rate", "batch_size", "patience")}
 OWN["ft"] = (*OWN["pt"], "accumulate")

@@ -57,8 +57,8 @@ class Task:
     the word z = words[y].
 
     `template` names {mask} once and any fields of an example: "{text}. It was {mask}", whose full
-    stop is left out behind a text that ends in one, or "{premise}? {mask}. {hypothesis}". Raises
-    InputError where it does not, or where two words are the same.
+    stop is left out behind a text that ends in . ! or ?, or "{premise}? {mask}. {hypothesis}".
+    Raises InputError where it does not, or where two words are the same.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Task:
         """H(x) as text, <X> in it."""
         text = ""
         for words, name in self.parts():
-            # The paper's "I like this movie. It was <X>": no full stop behind the text's own.
+            # The paper's "I like this movie. It was <X>": none behind the text's own . ! or ?
             text += words[1:] if words[:1] == "." and text.endswith((".", "!", "?")) else words
             if name == "mask":
                 text = text.removesuffix(" ") + MASK  # a sentinel takes the space before it along
@@ -420,7 +420,7 @@ def meta_gradient(model, prompt, supports, queries, alpha, first_order=False, ta
         P = prompt.detach().repeat(len(supports[in_pass]), 1, 1).requires_grad_()
         adapted = adapt_all(model, P, supports[in_pass], alpha, create_graph=not first_order)
         loss = summed_loss(model, adapted, queries[in_pass])
-        (per_task,) = torch.autograd.grad(loss, P)  # through P'_i, so through Equation 1's gradient
+        (per_task,) = torch.autograd.grad(loss, P)  # through P'_i, and Equation 1's gradient in it
         gradient += per_task.sum(0)
         total += loss.detach()
 

@@ -154,7 +154,9 @@ def train(args):
             script.check_same(out, checkpoint["made_of"], facts["made_of"], longer)
 
         progress = begin(args, model, checkpoint)
-        all_reduce(progress.best)  # until every process has read what stood there
+        all_reduce(
+            progress.best
+        )  # a barrier: every process has read the folder before it is written
         if is_first:
             if args.restart:
                 checkpoint_in(out).unlink(missing_ok=True)
@@ -187,7 +189,7 @@ def learn(args, model, tasks, held_out, facts, progress):
         while True:
             step = progress.step
             due = step % args.eval_every == 0 or step >= max_steps
-            if due and not (log and log[-1]["step"] == step):  # which may be where it continues
+            if due and not (log and log[-1]["step"] == step):  # a continued run may have it
                 score = validate(model, prompt.detach(), held_out, args.alpha)
                 record(args, model, {"step": step, **shared_mean(score, prompt)}, facts, progress)
 
@@ -214,7 +216,7 @@ def learn(args, model, tasks, held_out, facts, progress):
             bar.update()
             stopped = all_reduce(torch.tensor(float(bool(stop)), device=prompt.device)) > 0
 
-        save_run(args, model.t5, facts, progress)  # where it was stopped or lengthened
+        save_run(args, model.t5, facts, progress)  # the last step may be no validation's
         if stopped:
             message = f"stopped at step {progress.step:,} and saved"
             raise KeyboardInterrupt(f"{message}; {script.CONTINUES}")
