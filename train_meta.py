@@ -154,9 +154,7 @@ def train(args):
             script.check_same(out, checkpoint["made_of"], facts["made_of"], longer)
 
         progress = begin(args, model, checkpoint)
-        all_reduce(
-            progress.best
-        )  # a barrier: every process has read the folder before it is written
+        all_reduce(progress.best)  # a barrier: by now every process has read the folder
         if is_first:
             if args.restart:
                 checkpoint_in(out).unlink(missing_ok=True)
