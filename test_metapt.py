@@ -769,12 +769,8 @@ def test_a_labeller_begins_at_one_of_other_classes_and_a_half_written_one_is_non
     data.write_task(tmp_path / "task", Task("films", data.TEMPLATE, words), {"train": examples * 9})
     flags = {"task": tmp_path / "task", "model": labeller, "out": tmp_path / "labeller"}
     flags |= {"validation": 9, "device": "cpu", "threads": 1, "max_epochs": 1}
-
-    def killed():
-        raise SystemError
-
     run(data, "labeller", **flags)
-    at_call(Task, "save", 1, killed)
+    at_call(Task, "save", 1, raises(SystemError))
     with pytest.raises(SystemError):
         run(data, "labeller", restart=True, **flags)
     run(data, "labeller", **flags)
@@ -1430,7 +1426,7 @@ def test_runs_go_on_after_one_that_diverges(world, tmp_path, at_call):
     with pytest.raises(Diverged, match="1 of 2 runs have no result; books, PT .random., .*seed 1"):
         few(world, tmp_path, seeds=[1, 2])
     with pytest.raises(Diverged, match="loss is not finite; lower the learning rate"):
-        few(world, tmp_path, "ft", learning_rate=1e20)
+        few(world, tmp_path, "ft", learning_rate=1e15)
     assert [row["seed"] for row in read_lines(tmp_path / "r.jsonl")] == [2]
 
 
