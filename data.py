@@ -61,13 +61,8 @@ def train_classifier(model, tokenize, examples, total, learning_rate, warmup, ba
     loss is not finite."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     device = model.device
-    order = iter(())
-    for step in range(total):
-        rows = next(order, None)
-        if rows is None:  # a new epoch
-            order = iter(torch.randperm(len(examples)).split(batch_size))
-            rows = next(order)
-
+    epochs = (torch.randperm(len(examples)).split(batch_size) for _ in itertools.count())
+    for step, rows in zip(range(total), itertools.chain.from_iterable(epochs)):
         texts, labels = zip(*(examples[i] for i in rows))
         optimizer.param_groups[0]["lr"] = learning_rate * linear_schedule(step, total, warmup)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -356,14 +351,15 @@ def write_lines(path, rows):
     """Writes a file of JSON lines, packed where `path` ends in .gz: whole or not at all."""
 
     def write(file):
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        is_packed = Path(path).suffix == ".gz"
+        packer = (
+            gzip.GzipFile(fileobj=file, mode="wb") if is_packed else contextlib.nullcontext(file)
+        )
+        with packer as lines:
+            for row in rows:
+                lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
-    def pack(file):
-        with gzip.GzipFile(fileobj=file, mode="wb") as packed:
-            write(packed)
-
-    write_atomically(path, pack if Path(path).suffix == ".gz" else write)
+    write_atomically(path, write)
 
 
 def write_task(folder, task, splits):

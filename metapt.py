@@ -449,7 +449,7 @@ def summed_loss(model, prompts, batches):
     depends on the others. Examples of about one length share a forward pass, whatever their task:
     padding is work that is thrown away. At t5-small's shape that takes a seventh off a step, and
     more where the T5 is smaller."""
-    batch = batches[0] if len(batches) == 1 else join(batches)
+    batch = join(batches)
     sizes = torch.tensor([len(labels_of(one)) for one in batches])
     task = torch.arange(len(batches)).repeat_interleave(sizes)  # of each example
 

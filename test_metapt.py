@@ -3,7 +3,7 @@ The sanity checks, on a tiny T5 made here; nothing is downloaded. In the paper's
 
     Section 3          the task as text, the T5 that reads [P; H(x)], the words and ids of H(x)
     Equations 1 and 2  against finite differences, torch.func, the textbook loop
-    Appendix A         the schedule, the best of validations, patience
+    Appendix A         the best of validations, patience
     Files              prompts, PEFT's, models, what a stored thing was made of
     data.py            the few-shot split, readers, pseudo-labels
     cluster.py         embeddings, meta-tasks
@@ -67,7 +67,8 @@ V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 # ------------------------------------------------------------ A tiny T5, its tokenizer, its examples
 
 
-def make_tokenizer():
+@pytest.fixture(scope="session")
+def tokenizer():
     """A tokenizer of T5's kind, to which every word of the demo is one piece, and others are not:
     "plotish" has two, and " ." is another piece than the "." that touches a word."""
     texts = [" ".join(data.WORDS[5]), "It was yes maybe no a b c"]
@@ -105,16 +106,6 @@ def make_examples(count, seed=0, domain="films"):
     return demo.write_reviews(domain, count, random.Random(seed))
 
 
-def make_tasks(model, sizes=((3, 4), (2, 2), (4, 1))):
-    """Supports and queries of unequal sizes and lengths."""
-    supports = []
-    queries = []
-    for i, ((m, n), domain) in enumerate(zip(sizes, demo.DOMAINS)):
-        supports.append(model.encode(make_examples(m, i, domain)))
-        queries.append(model.encode(make_examples(n, 9 + i, domain)))
-    return supports, queries
-
-
 def plain(model):
     """The model over a copy of its T5, as transformers has it, cross-attention included."""
     t5 = type(model.t5)(model.t5.config).to(model.t5.dtype)
@@ -131,19 +122,9 @@ def layer_norm(self, x):
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture
-def exact(monkeypatch):
-    """Lets a float64 T5 compute in float64 throughout."""
-    monkeypatch.setattr(T5LayerNorm, "forward", layer_norm)
-
-
 @pytest.fixture(params=["T5", "T5 v1.1"])
-def model(request, exact, tokenizer):
+def model(request, monkeypatch, tokenizer):
+    monkeypatch.setattr(T5LayerNorm, "forward", layer_norm)  # float64 throughout
     t5 = make_t5(tokenizer, **(V1_1 if request.param == "T5 v1.1" else {})).double()
     with torch.no_grad():  # large enough weights that the second derivative is no small thing
         for parameter in t5.parameters():
@@ -153,8 +134,12 @@ def model(request, exact, tokenizer):
 
 @pytest.fixture
 def meta(model):
-    """The arguments of meta_gradient."""
-    return model, model.init_prompt(3).double(), *make_tasks(model), 0.5
+    """The arguments of meta_gradient: supports and queries are of unequal sizes and lengths."""
+    supports, queries = [], []
+    for i, (m, n, domain) in enumerate(zip((3, 2, 4), (4, 2, 1), demo.DOMAINS)):
+        supports.append(model.encode(make_examples(m, i, domain)))
+        queries.append(model.encode(make_examples(n, 9 + i, domain)))
+    return model, model.init_prompt(3).double(), supports, queries, 0.5
 
 
 # ------------------------------------------------------------------------- The scripts, and files
@@ -201,15 +186,14 @@ def learn(world, out, method="maml", **flags):
     return load_file(out / "adapter_model.safetensors")["prompt_embeddings"]
 
 
-def tune(world, out, kind="pt", **flags):
-    """Short runs of finetune.py on the demo; returns the lines of results."""
-    short = {"max_epochs": 2, "max_test": 50, "shots": 8, "prompt_length": 3}
+def few(world, folder, kind="pt", **flags):
+    """Runs finetune.py for an epoch on one task from a random prompt, or with other flags; returns
+    the lines of results."""
+    short = {"max_epochs": 1, "max_test": 50, "shots": 8, "prompt_length": 3}
+    short |= {"task": world / "books", "prompt": "random", "seeds": 1}
+    out = folder / "r.jsonl"
     run(finetune, config=world / f"{kind}.json", out=out, **{**short, **flags})
     return read_lines(out)
-
-
-def ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.fixture(scope="session")
@@ -351,7 +335,7 @@ def test_loss_predict_and_evaluate_agree_with_their_definitions(model):
     }
 
 
-def test_labels_that_are_none_and_a_t5_that_gives_nan(tokenizer):
+def test_labels_that_are_none(tokenizer):
     model = PromptedT5(make_t5(tokenizer), tokenizer, SENTIMENT)
     good = {"text": "a", "label": 0}
     with pytest.raises(InputError, match=r"labels \[0, 5\] are not all indices"):
@@ -361,11 +345,6 @@ def test_labels_that_are_none_and_a_t5_that_gives_nan(tokenizer):
     with pytest.raises(InputError, match="has no label"):
         batches = [model.encode([{"text": text}]) for text in "ab"]
         meta_gradient(model, model.init_prompt(3), batches, batches, 0.1)
-    model.t5.shared.weight.data[:] = math.nan
-    with pytest.raises(Diverged, match="a validation or test loss is not finite; lower the"):
-        model.evaluate(model.no_prompt(), [model.encode([good])])
-    with pytest.raises(Diverged, match="a probability is not finite"):
-        model.predict(model.no_prompt(), model.encode([good]))
 
 
 # ---------------------------------------------------------------------- The words and ids of H(x)
@@ -520,22 +499,7 @@ def test_no_inner_step_and_no_tasks(meta):
     assert torch.equal(gradient, torch.zeros_like(prompt))
 
 
-def test_ppt_gradient_is_that_of_the_mean_loss(model):
-    prompt = model.init_prompt(3).double()
-    batches = list(model.batches(make_examples(5), 1))
-    expected = sum(torch.func.grad(model.loss)(prompt, batch) for batch in batches) / 5
-    gradient, _ = train_meta.ppt_gradient(model, prompt, metapt.join(batches))
-    torch.testing.assert_close(gradient, expected)
-
-
-# ------------------------------------------------ Appendix A: the schedule, the best of validations
-
-
-def test_the_linear_schedule_rises_for_20_steps_and_falls_to_0():
-    rise = [step / 20 for step in range(1, 21)]
-    fall = [step / 80 for step in range(80, 0, -1)]
-    factors = [metapt.linear_schedule(step, 100) for step in range(100)]
-    assert factors == pytest.approx(rise + fall)
+# --------------------------------------------------- Appendix A: the best of validations, patience
 
 
 def test_the_best_validation_is_of_accuracy_then_of_loss_then_the_earlier():
@@ -844,7 +808,7 @@ def test_what_another_labeller_or_corpus_gave_is_not_gone_on_with(labeller, tmp_
 def test_a_stopped_labelling_continues(labeller, tmp_path, monkeypatch, at_call):
     monkeypatch.setattr(data, "BLOCK", 64)
     whole = pseudo_label(labeller, tmp_path / "whole")
-    calls = at_call(data, "classify", 2, ctrl_c)
+    calls = at_call(data, "classify", 2, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match="stopped after 128 texts"):
         pseudo_label(labeller, tmp_path / "parts")
     assert pseudo_label(labeller, tmp_path / "parts") == whole
@@ -953,11 +917,6 @@ def adamw_by_hand(P, gradient_at, rate_at, steps):
     return P
 
 
-def gradient_of(loss, P):
-    P = P.detach().requires_grad_()
-    return torch.autograd.grad(loss(P), P)[0]
-
-
 @pytest.mark.parametrize("method", ["maml", "fomaml", "ppt"])
 def test_steps_of_train_meta_by_hand(world, tmp_path, method):
     steps = 24 if method == "ppt" else 2
@@ -971,7 +930,7 @@ def test_steps_of_train_meta_by_hand(world, tmp_path, method):
     def gradient_at(P, step):
         if method == "ppt":
             batch = model.encode(train_meta.draw_batch(sum(tasks, []), 2, 1, step))
-            return gradient_of(lambda P: model.loss(P, batch, "none").mean(), P)
+            return torch.func.grad(model.loss)(P, batch)
 
         drawn = train_meta.draw(tasks, 2, 1, step)
         supports, queries = ([model.encode(part) for part in parts] for parts in drawn)
@@ -979,8 +938,8 @@ def test_steps_of_train_meta_by_hand(world, tmp_path, method):
             return textbook_meta_gradient(model, P, supports, queries, 0.5)[0]
         total = 0
         for support, query in zip(supports, queries):
-            adapted = P - 0.5 * gradient_of(lambda P: model.loss(P, support), P)
-            total = total + gradient_of(lambda P: model.loss(P, query), adapted)
+            adapted = P - 0.5 * torch.func.grad(model.loss)(P, support)
+            total = total + torch.func.grad(model.loss)(adapted, query)
         return total
 
     start = model.init_prompt(3, seed=1)
@@ -1004,7 +963,7 @@ def test_tune_by_hand(model, monkeypatch):
     torch.manual_seed(3)
     order = torch.cat([torch.randperm(5) for epoch in range(5)])
     batch = lambda t: model.encode([examples[order[t]]])
-    gradient_at = lambda P, t: gradient_of(lambda P: model.loss(P, batch(t)), P)
+    gradient_at = lambda P, t: torch.func.grad(model.loss)(P, batch(t))
     rate_at = lambda t: 0.1 * min((t + 1) / 20, (45 - t) / 25)
     torch.testing.assert_close(prompt, adamw_by_hand(start, gradient_at, rate_at, 25))
 
@@ -1040,12 +999,6 @@ def learned(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("learned") / "meta"
     learn(world, out)
     return out
-
-
-def few(world, folder, kind="pt", **flags):
-    """One epoch on one task from a random prompt, or with other flags; the lines of results."""
-    few = {"task": world / "books", "prompt": "random", "max_epochs": 1, "seeds": 1}
-    return tune(world, folder / "r.jsonl", kind, **{**few, **flags})
 
 
 def same_bytes(one, other):
@@ -1122,32 +1075,27 @@ def test_validation_adapts_to_each_cluster_and_scores_the_rest(model):
     assert as_it_is["loss"] == pytest.approx(model.loss(prompt, rest).item())
 
 
-@pytest.fixture
-def scores(monkeypatch):
-    """scores(accuracies) has train_meta.py's validations give these; returns their prompts."""
+def score_as(patch, *accuracies):
+    """Has train_meta.py's validations give these; returns their prompts."""
+    left, prompts = iter(accuracies), []
 
-    def arrange(*accuracies):
-        left, prompts = iter(accuracies), []
+    def validate(model, prompt, *others):
+        prompts.append(prompt.clone())
+        return {"accuracy": next(left), "loss": 1.0, "in_words": 1.0}
 
-        def validate(model, prompt, *others):
-            prompts.append(prompt.clone())
-            return {"accuracy": next(left), "loss": 1.0, "in_words": 1.0}
-
-        monkeypatch.setattr(train_meta, "validate", validate)
-        return prompts
-
-    return arrange
+    patch.setattr(train_meta, "validate", validate)
+    return prompts
 
 
-def test_the_prompt_of_the_best_validation_is_kept(world, tmp_path, scores):
-    prompts = scores(0.2, 0.9, 0.5, 0.4)
+def test_the_prompt_of_the_best_validation_is_kept(world, tmp_path, monkeypatch):
+    prompts = score_as(monkeypatch, 0.2, 0.9, 0.5, 0.4)
     assert torch.equal(learn(world, tmp_path), prompts[1])
     facts = facts_of(tmp_path)
     assert (facts["step"], facts["accuracy"], facts["is_start"]) == (2, 0.9, False)
 
 
-def test_a_prompt_that_is_its_own_start_says_so(world, tmp_path, scores, capsys):
-    scores(0.9, 0.5)
+def test_a_prompt_that_is_its_own_start_says_so(world, tmp_path, monkeypatch, capsys):
+    score_as(monkeypatch, 0.9, 0.5)
     prompt = learn(world, tmp_path / "start", max_steps=2)
     model = PromptedT5(*metapt.load_t5(world / "t5"), SENTIMENT)
     assert torch.equal(prompt, model.init_prompt(3)) and facts_of(tmp_path / "start")["is_start"]
@@ -1156,18 +1104,18 @@ def test_a_prompt_that_is_its_own_start_says_so(world, tmp_path, scores, capsys)
     assert row["is_start"] and finetune.method_name(row) == "MetaPT, which is its start"
 
 
-def test_ppt_has_five_epochs_and_patience_from_the_first_on(world, tmp_path, scores):
+def test_ppt_has_five_epochs_and_patience_from_the_first_on(world, tmp_path, monkeypatch):
     flags = {"source_size": 100, "validation": 20, "batch_size": 9, "max_steps": 99}
-    scores(0.5, 0.4)
+    score_as(monkeypatch, 0.5, 0.4)
     learn(world, tmp_path / "five", "ppt", eval_every=45, **flags)
     assert steps_of(tmp_path / "five") == [0, 5 * 9]  # 80 examples are nine batches
-    scores(*[0.5] * 9)
+    score_as(monkeypatch, *[0.5] * 9)
     learn(world, tmp_path / "patience", "ppt", eval_every=3, patience=2, **flags)
     assert steps_of(tmp_path / "patience")[-1] == 9 + 2 * 3
 
 
-def test_a_run_whose_end_was_off_its_evaluations_loses_no_patience(world, tmp_path, scores):
-    scores(0.9, 0.5, 0.4, 0.3, 0.2, 0.1)
+def test_a_run_whose_end_was_off_its_evaluations_loses_no_patience(world, tmp_path, monkeypatch):
+    score_as(monkeypatch, 0.9, 0.5, 0.4, 0.3, 0.2, 0.1)
     for max_steps in (5, 12):
         learn(world, tmp_path, max_steps=max_steps, patience=3)
     assert steps_of(tmp_path) == [0, 2, 4, 5, 6]
@@ -1204,7 +1152,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(world, learned, tmp_path, at_
         learned = tmp_path / "whole"
         learn(world, learned, method)
     drawn = at_call(train_meta, "draw" if method == "maml" else "draw_batch", 0, None)
-    at_call(train_meta, function, call, lambda: os.kill(os.getpid(), number))
+    at_call(train_meta, function, call, lambda: signal.raise_signal(number))
     with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d and saved"):
         learn(world, tmp_path / "parts", method)
     learn(world, tmp_path / "parts", method)
@@ -1233,9 +1181,9 @@ def test_a_killed_run_continues_to_the_same_bytes(world, tmp_path):
     assert same_bytes(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_new_weights_beside_old_facts_are_refused_and_healed(world, tmp_path, scores, at_call):
+def test_new_weights_beside_old_facts_are_refused_and_healed(world, tmp_path, monkeypatch, at_call):
     """Killed between two renames."""
-    scores(0.1, 0.2, 0.3, 0.4)
+    score_as(monkeypatch, 0.1, 0.2, 0.3, 0.4)
     at_call(metapt, "write_json", 6, raises(RuntimeError("killed")))  # the third metapt.json
     with pytest.raises(RuntimeError, match="killed"):
         learn(world, tmp_path / "run")
@@ -1326,7 +1274,7 @@ def sweep(world, learned, tmp_path_factory):
 
 def test_a_stopped_sweep_continues(world, tmp_path, at_call):
     flags = {"method": ["pt", "ft"], "shots": [4, 8]}
-    runs = at_call(finetune, "one_run", 3, ctrl_c)
+    runs = at_call(finetune, "one_run", 3, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         few(world, tmp_path / "new", **flags)
     before = read_lines(tmp_path / "new" / "r.jsonl")
@@ -1494,8 +1442,8 @@ def test_a_t5_that_gives_nan_ends_in_one_line_and_leaves_nothing(world, tmp_path
         lambda: few(world, tmp_path, task=books, model=t5, save=tmp_path / "tuned"),
         lambda: run(finetune, predict=texts, prompt=tmp_path / "p", task=books, out=out),
     ):
-        message = ends_in_one_line(command, capsys)
-        assert "is not finite; lower the learning rate, or give another model" in message
+        message = "(loss|probability) is not finite; lower the learning rate, or give another model"
+        assert re.search(message, ends_in_one_line(command, capsys))
     assert not list(tmp_path.glob("*/adapter_model.safetensors"))[1:] and not out.exists()
     assert not read_lines(tmp_path / "r.jsonl")
 
@@ -1584,7 +1532,7 @@ FINE = '{"text": "fine", "label": 2}\n'
 CLUSTERED = '{"text": "a", "label": 0, "cluster": 0}\n'
 RESULT = '{"identity": "1", "settings": {}, "accuracy": 0.5}\n'
 XML = "<s><sentence><text>fine</text><Opinion polarity='%s'/></sentence></s>"
-GOOD = {  # a file and what stands in it, or a folder that the fixture `place` makes; its reader
+GOOD = {  # a file and the text in it, or what the fixture `place` makes; its reader
     "task.json": (json.dumps(vars(SENTIMENT)), Task.load),
     "flags.json": ('{"validation": 2, "batch_size": 1}', read_flags),
     "train.jsonl": (FINE * 3, lambda path: list(data.read_examples(path, SENTIMENT))),
@@ -1602,16 +1550,8 @@ GOOD = {  # a file and what stands in it, or a folder that the fixture `place` m
     "amazon2.csv": ('"1","fine"\n' * 3, convert),
     "sentihood.json": ('[{"text": "fine", "opinions": [{"sentiment": "Positive"}]}]', convert),
     "semeval_laptop.xml": (XML % "positive", convert),
-    "corpus.tar": ({"a.txt": "fine\n" * 9999}, lambda path: list(data.read_corpus([path]))),
+    "corpus.tar": (None, lambda path: list(data.read_corpus([path]))),
 }
-
-
-def write(path, content):
-    """Writes {name: text} as a tar, a text or bytes, or has `content` write."""
-    if callable(content):
-        content(path)
-    else:
-        put_tar(path, content) if isinstance(content, dict) else put(path, content)
 
 
 @pytest.fixture
@@ -1620,7 +1560,8 @@ def place(learned, labeller, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, (content, _) in GOOD.items():
         if content:
-            write(tmp_path / name, content)
+            put(tmp_path / name, content)
+    put_tar(tmp_path / "corpus.tar", {"a.txt": "fine\n" * 9999})
     shutil.copytree(labeller, tmp_path / "labeller")
     shutil.copytree(learned, tmp_path / "run")
     data.save_model(tmp_path / "t5", make_t5(tokenizer), tokenizer)
@@ -1631,7 +1572,7 @@ def place(learned, labeller, tokenizer, tmp_path, monkeypatch):
 def test_good_files_are_taken_with_the_line_ends_of_windows_too(place):
     for name, (content, read) in GOOD.items():
         read(place / name)
-        if isinstance(content, str):
+        if content:
             read(put(place / name, "\ufeff" + content.replace("\n", "\r\n")))
 
 
@@ -1714,7 +1655,7 @@ BAD = {  # what is wrong: the file, what stands in it, and a part of the line
 @pytest.mark.parametrize("problem", BAD)
 def test_bad_input_ends_in_one_line(place, capsys, problem):
     name, content, part = BAD[problem]
-    write(place / name, content)
+    content(place / name) if callable(content) else put(place / name, content)
     before = sorted(place.rglob("*"))
     first = name.split("/")[0]
     line = ends_in_one_line(lambda: GOOD[first][1](place / first), capsys)
