@@ -1479,6 +1479,7 @@ OUT = "--source {demo}/source/clustered.jsonl --model {demo}/t5 --out "
 BOOKS = "--task {demo}/books --model {demo}/t5 "
 SOURCE = "--source {demo}/source/examples.jsonl --method random "
 BAD_FLAGS = [
+    (data, "convert sst5 --train a --test b --test-share 0.5 --out x", "where there is no --test"),
     (cluster, SOURCE + "--k 9999", "examples cannot make .9999. clusters"),
     (cluster, SOURCE + "--out {demo}/source/examples.jsonl", "its clusters would be written over"),
     (cluster, SOURCE + "--out x.json", "--out must end in .jsonl"),
