@@ -351,10 +351,10 @@ def write_lines(path, rows):
     """Writes a file of JSON lines, packed where `path` ends in .gz: whole or not at all."""
 
     def write(file):
-        is_packed = Path(path).suffix == ".gz"
-        packer = (
-            gzip.GzipFile(fileobj=file, mode="wb") if is_packed else contextlib.nullcontext(file)
-        )
+        """Fills the open file."""
+        packer = contextlib.nullcontext(file)
+        if Path(path).suffix == ".gz":
+            packer = gzip.GzipFile(fileobj=file, mode="wb")
         with packer as lines:
             for row in rows:
                 lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

@@ -497,6 +497,7 @@ class CrossAttention(T5Attention):
     def forward(
         self, hidden_states, mask=None, key_value_states=None, position_bias=None, **kwargs
     ):
+        """What T5Attention's gives: the output [B, 2, d_model], the position bias, no weights."""
         E = key_value_states
         K = self.k.weight.unflatten(0, (self.n_heads, -1))  # [heads, d_kv, d_model]
         V = self.v.weight.unflatten(0, (self.n_heads, -1))

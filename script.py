@@ -95,7 +95,10 @@ def flags_of(values):
     return words
 
 
-def number(least, most=2**63 - 1):
+LARGEST = 2**63 - 1  # of PyTorch's whole numbers, its seeds among them
+
+
+def number(least, most=LARGEST):
     """What a flag takes: a number from `least` to `most`, a whole one where `least` is."""
 
     def parse(text):
@@ -105,7 +108,7 @@ def number(least, most=2**63 - 1):
             if least <= value <= most:
                 return value
         kind = "a whole number" if type(least) is int else "a number"
-        limit = f"from {least} to {most}" if most < 2**63 - 1 else f"of {least} or more"
+        limit = f"from {least} to {most}" if most < LARGEST else f"of {least} or more"
         raise argparse.ArgumentTypeError(f"{text} is not {kind} {limit}")
 
     return parse

@@ -1077,7 +1077,8 @@ def test_validation_adapts_to_each_cluster_and_scores_the_rest(model):
 
 def score_as(patch, *accuracies):
     """Has train_meta.py's validations give these; returns their prompts."""
-    left, prompts = iter(accuracies), []
+    left = iter(accuracies)
+    prompts = []
 
     def validate(model, prompt, *others):
         prompts.append(prompt.clone())

@@ -93,6 +93,11 @@ def read_scores(rows, name_of):
     return scores
 
 
+def scores_of_trainings(rows, shots):
+    """read_scores of the trained prompts with a number of shots, by (arm, T5, seed)."""
+    return read_scores(rows, lambda row: training_of(row) if row["shots"] == shots else None)
+
+
 def whole(scores, arms):
     """The (T5, seed) pairs whose training all these arms have, with every target and draw."""
     pairs = []
@@ -140,10 +145,8 @@ def print_baselines(rows):
     print_table("Without source data; accuracy in points", table)
 
 
-def print_arms(rows, pairs):
+def print_arms(untuned, tuned, pairs):
     """The table of arms: untuned, tuned, the deviation over draws within a prompt, each target."""
-    untuned = read_scores(rows, lambda row: training_of(row) if row["shots"] == 0 else None)
-    tuned = read_scores(rows, lambda row: training_of(row) if row["shots"] == 40 else None)
     table = [["arm", "untuned", "40 examples", "over draws", *EXPECTED]]
     for arm, name in NAMES.items():
         columns = {}
@@ -213,15 +216,15 @@ def main(argv=None):
     script.Parser(__doc__).parse(argv)
     rows = list(read_results(Path("results.jsonl")).values())
     print_baselines(rows)
-    scores = read_scores(rows, lambda row: training_of(row) if row["shots"] == 40 else None)
-    pairs = whole(scores, ARMS)
+    tuned = scores_of_trainings(rows, 40)
+    pairs = whole(tuned, ARMS)
     if not pairs:
         print("no T5 and seed of which every arm is whole yet")
         return
 
     print("whole:", *(f"T5 {t5}, seed {seed};" for t5, seed in pairs))
-    print_arms(rows, pairs)
-    print_comparisons(scores)
+    print_arms(scores_of_trainings(rows, 0), tuned, pairs)
+    print_comparisons(tuned)
     inner = Path("inner_step.jsonl")
     if inner.exists():
         print_inner_step(inner, pairs)
