@@ -18,6 +18,7 @@ from scipy import stats
 
 from finetune import method_name, print_table, read_results
 from inner_step import UPDATES
+from metapt import read_json
 from study import ARMS, DOMAINS
 
 NAMES = {
@@ -146,15 +147,18 @@ def print_baselines(rows):
 
 
 def print_arms(untuned, tuned, pairs):
-    """The table of arms: untuned, tuned, the deviation over draws within a prompt, each target."""
-    table = [["arm", "untuned", "40 examples", "over draws", *EXPECTED]]
+    """The table of arms: the accuracy on held-out source, by which a prompt was chosen, that on the
+    targets untuned and tuned, the deviation over draws within a prompt, each target."""
+    table = [["arm", "source", "untuned", "40 examples", "over draws", *EXPECTED]]
     for arm, name in NAMES.items():
         columns = {}
-        for pair in whole(tuned, [*ARMS, arm]):
-            targets = tuned[arm, *pair]
+        for t5, seed in whole(tuned, [*ARMS, arm]):
+            targets = tuned[arm, t5, seed]
+            source = 100 * read_json(f"prompts/{t5}-{arm}-{seed}/metapt.json")["accuracy"]
             deviation = np.mean([np.std(draws, ddof=1) for draws in targets.values()])
-            means = [mean_of_targets(untuned[arm, *pair]), mean_of_targets(targets), deviation]
-            columns[pair] = means + [np.mean(targets[name]) for name in EXPECTED]
+            means = [mean_of_targets(untuned[arm, t5, seed]), mean_of_targets(targets)]
+            each = [np.mean(targets[name]) for name in EXPECTED]
+            columns[t5, seed] = [source, *means, deviation, *each]
 
         if len(columns) == len(pairs):
             table.append([name, *(f"{column:.2f}" for column in mean_over_t5s(columns))])

@@ -255,9 +255,11 @@ def test_trainings_count_that_every_arm_has_whole_and_of_a_run_the_later(
     rows = []
     names = itertools.product(study.ARMS, "12", study_numbers.EXPECTED, range(5), (0, 40))
     for i, (arm, seed, task, draw, shots) in enumerate(names):
-        row = {"prompt": f"1-{arm}-{seed}", "task": task, "seed": draw, "shots": shots}
+        row = {"prompt": f"prompts/1-{arm}-{seed}", "task": task, "seed": draw, "shots": shots}
         row |= {"model": "t5-1", "method": arm, "accuracy": 0.5 + 0.01 * (arm == "kmeans")}
         rows.append({**row, "identity": i})
+    for prompt in {row["prompt"] for row in rows}:
+        metapt.write_json(f"{prompt}/metapt.json", {"accuracy": 0.7})
     again = {**rows[1], "accuracy": 0.59, "identity": "again"}
     for count, expected in (len(rows), "+1.20 +1.00"), (len(rows) - 1, "+1.20"):
         data.write_lines("results.jsonl", [*rows[:count], again])
