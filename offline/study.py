@@ -83,9 +83,14 @@ def pilot():
     return [*prepare(1), commands], prompts
 
 
+def prompt_folder(arm, t5, seed):
+    """Where the prompt of a training is."""
+    return f"prompts/{t5}-{arm}-{seed}"
+
+
 def block(arms, t5, seed):
     """The commands of one T5 and one seed in stages."""
-    outs = {arm: f"prompts/{t5}-{arm}-{seed}" for arm in arms}
+    outs = {arm: prompt_folder(arm, t5, seed) for arm in arms}
     yield [train(arm, t5, seed, out, RATES[arm], 40_000) for arm, out in outs.items()]
     yield [tune(t5, f"--prompt {out} --shots 0 40") for out in outs.values()]
     measure = f"offline/inner_step.py {KMEANS} --model t5-{t5} {SMALL} --seed {seed}"

@@ -19,7 +19,7 @@ from scipy import stats
 from finetune import method_name, print_table, read_results
 from inner_step import UPDATES
 from metapt import read_json
-from study import ARMS, DOMAINS
+from study import ARMS, DOMAINS, prompt_folder
 
 NAMES = {
     "kmeans": "MetaPT, K-means",
@@ -152,13 +152,13 @@ def print_arms(untuned, tuned, pairs):
     table = [["arm", "source", "untuned", "40 examples", "over draws", *EXPECTED]]
     for arm, name in NAMES.items():
         columns = {}
-        for t5, seed in whole(tuned, [*ARMS, arm]):
-            targets = tuned[arm, t5, seed]
-            source = 100 * read_json(f"prompts/{t5}-{arm}-{seed}/metapt.json")["accuracy"]
+        for pair in whole(tuned, [*ARMS, arm]):
+            targets = tuned[arm, *pair]
+            facts = read_json(f"{prompt_folder(arm, *pair)}/metapt.json")
             deviation = np.mean([np.std(draws, ddof=1) for draws in targets.values()])
-            means = [mean_of_targets(untuned[arm, t5, seed]), mean_of_targets(targets)]
+            means = [mean_of_targets(untuned[arm, *pair]), mean_of_targets(targets), deviation]
             each = [np.mean(targets[name]) for name in EXPECTED]
-            columns[t5, seed] = [source, *means, deviation, *each]
+            columns[pair] = [100 * facts["accuracy"], *means, *each]
 
         if len(columns) == len(pairs):
             table.append([name, *(f"{column:.2f}" for column in mean_over_t5s(columns))])
