@@ -58,7 +58,9 @@ def test_the_demo_stands_once_it_is_whole(world, tmp_path, monkeypatch):
 
 
 def test_commands_at_once_end_with_the_one_that_failed(tmp_path, capfd):
-    (tmp_path / "end.py").write_text("import sys; print('end'); sys.exit(int(sys.argv[1]))")
+    # One write each: an unbuffered print is two, between which the other's may come.
+    end = r"import sys; sys.stdout.write('end\n'); sys.exit(int(sys.argv[1]))"
+    (tmp_path / "end.py").write_text(end)
     with pytest.raises(SystemExit, match="3"):
         demo.at_once([tmp_path / "end.py", 0], [tmp_path / "end.py", 3])
     assert capfd.readouterr().out.count("\nend") == 2
